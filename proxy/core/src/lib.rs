@@ -1,1 +1,17 @@
+//! Services in, a desired dataplane out: the deciding half of `keelson-proxy`.
+//!
+//! ```text
+//! objects ─▶ model ─▶ state ─▶ plan (topology) ─▶ Dataplane ─▶ backends render it
+//!                                                     └──────▶ trace says what must happen to a packet
+//! ```
+//!
+//! Everything here is a function of its arguments: no clock, thread, file, kernel or randomness (`clippy.toml` of this
+//! crate holds that), so each rule of Kubernetes is tested in microseconds and both backends are held against one oracle.
+//!
+//! - [`model`]: Kubernetes' objects with everything parsed;
+//! - [`dataplane`]: the desired state of the kernel, as a value;
+//! - [`range`]: address ranges without overlap.
 
+pub mod dataplane;
+pub mod model;
+pub mod range;
