@@ -1,0 +1,61 @@
+# Installs what is missing (Debian 12, root), then calls cargo. Everything that is built or fetched lies in a cache outside the
+# clone, so that a second clone costs little and `git clean` loses nothing.
+
+SHELL := /bin/bash
+KEELSON_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/keelson
+CARGO_TARGET_DIR ?= $(KEELSON_CACHE)/target
+export KEELSON_CACHE CARGO_TARGET_DIR
+
+# One profile for everything: RocksDB takes minutes to compile, so it is compiled once.
+PROFILE := --release
+BIN := $(CARGO_TARGET_DIR)/release
+
+# Arguments for the member that `make run` starts, beside its name and address.
+ARGS ?=
+
+.PHONY: help demo test run peers bench lint fmt build
+
+help:
+	@echo 'make demo    three store members, two pods, a node: everything from end to end, told as a story'
+	@echo 'make test    every test; real etcd and kube-apiserver beside ours if `make peers` was run'
+	@echo 'make run     one store member on 127.0.0.1:2379, data in ./data'
+	@echo 'make peers   build etcd 3.7, its benchmark, kube-apiserver, kube-proxy and kubectl into the cache'
+	@echo 'make bench   ours beside etcd, one table'
+	@echo 'make lint    format, clippy, licences'
+
+build:
+	@.ci/need build
+	cargo build $(PROFILE) -p kvstore -p proxy -p e2e --bins
+
+demo:
+	@.ci/need build demo
+	cargo build $(PROFILE) -p kvstore -p proxy -p e2e --bins
+	@demo/run $(BIN)
+
+test:
+	@.ci/need build test
+	@.ci/test
+
+run:
+	@.ci/need build
+	cargo build $(PROFILE) -p kvstore --bins
+	exec $(BIN)/keelson --name default --data-dir ./data $(ARGS)
+
+peers:
+	@.ci/need peers
+	@tests/peers/build
+
+bench:
+	@.ci/need build peers bench
+	@tests/peers/build etcd benchmark
+	cargo build $(PROFILE) -p kvstore -p benches --bins
+	@$(BIN)/bench $(ARGS)
+
+lint:
+	@.ci/need build
+	cargo fmt --all --check
+	cargo clippy $(PROFILE) --workspace --all-targets -- $(if $(CI),-D warnings)
+	@.ci/deny
+
+fmt:
+	cargo fmt --all
