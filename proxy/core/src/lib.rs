@@ -8,7 +8,8 @@
 //! Everything here is a function of its arguments: no clock, thread, file, kernel or randomness (`clippy.toml` of this
 //! crate holds that), so each rule of Kubernetes is tested in microseconds and both backends are held against one oracle.
 //!
-//! - [`model`]: Kubernetes' objects with everything parsed;
+//! - [`model`]: Kubernetes' objects with everything parsed; `model::k8s` has them as they are written, `model::manifest`
+//!   reads documents, `model::convert` defaults and parses, `model::mirror` makes slices of old Endpoints;
 //! - [`dataplane`]: the desired state of the kernel, as a value;
 //! - [`range`]: address ranges without overlap.
 

@@ -11,6 +11,11 @@
 //! This module does not decide which objects count; that is `plan` and `topology`. Old `Endpoints`
 //! objects become EndpointSlices in `model/mirror.rs`.
 
+pub mod convert;
+pub mod k8s;
+pub mod manifest;
+pub mod mirror;
+
 use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
