@@ -10,6 +10,8 @@
 //!
 //! What it does not do: it knows no revision, no lease and no key encoding (`keys.rs` alone does).
 
+pub mod memory;
+
 use std::collections::BTreeMap;
 use std::ops::{Bound, ControlFlow};
 
@@ -71,19 +73,16 @@ pub enum Direction {
 /// The half-open or closed stretch of a table that a scan covers.
 pub type Range<'a> = (Bound<&'a [u8]>, Bound<&'a [u8]>);
 
+/// Called with each (key, value) of a scan until it breaks; the slices live only during the call.
+pub type Visit<'a> = dyn FnMut(&[u8], &[u8]) -> ControlFlow<()> + 'a;
+
 /// A consistent picture of the whole state database at one moment. Cheap to clone; safe to read from any thread; never
 /// changes, whatever the applier writes meanwhile.
 pub trait ReadView: Clone + Send + Sync + 'static {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, Fatal>;
 
-    /// Calls `visit` with each (key, value) of `range` in order, until it breaks. The slices live only during the call.
-    fn scan(
-        &self,
-        table: Table,
-        range: Range<'_>,
-        direction: Direction,
-        visit: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
-    ) -> Result<(), Fatal>;
+    /// Calls `visit` with each (key, value) of `range` in order, until it breaks.
+    fn scan(&self, table: Table, range: Range<'_>, direction: Direction, visit: &mut Visit<'_>) -> Result<(), Fatal>;
 }
 
 /// The state database as its single writer has it.
@@ -181,13 +180,7 @@ pub struct Overlay<'a, V> {
 pub trait Read {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, Fatal>;
 
-    fn scan(
-        &self,
-        table: Table,
-        range: Range<'_>,
-        direction: Direction,
-        visit: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
-    ) -> Result<(), Fatal>;
+    fn scan(&self, table: Table, range: Range<'_>, direction: Direction, visit: &mut Visit<'_>) -> Result<(), Fatal>;
 }
 
 impl<V: ReadView> Read for V {
@@ -195,13 +188,7 @@ impl<V: ReadView> Read for V {
         ReadView::get(self, table, key)
     }
 
-    fn scan(
-        &self,
-        table: Table,
-        range: Range<'_>,
-        direction: Direction,
-        visit: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
-    ) -> Result<(), Fatal> {
+    fn scan(&self, table: Table, range: Range<'_>, direction: Direction, visit: &mut Visit<'_>) -> Result<(), Fatal> {
         ReadView::scan(self, table, range, direction, visit)
     }
 }
@@ -214,13 +201,7 @@ impl<V: ReadView> Read for Overlay<'_, V> {
         }
     }
 
-    fn scan(
-        &self,
-        table: Table,
-        range: Range<'_>,
-        direction: Direction,
-        visit: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
-    ) -> Result<(), Fatal> {
+    fn scan(&self, table: Table, range: Range<'_>, direction: Direction, visit: &mut Visit<'_>) -> Result<(), Fatal> {
         if is_empty_range(&range) {
             return Ok(());
         }

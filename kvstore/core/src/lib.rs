@@ -17,6 +17,10 @@
 
 pub mod backend;
 pub mod error;
+pub mod keys;
+pub mod lease;
+pub mod mvcc;
+pub mod store;
 pub mod types;
 
 pub use error::{Error, Fatal};
