@@ -20,6 +20,7 @@ pub mod error;
 pub mod keys;
 pub mod lease;
 pub mod mvcc;
+pub mod replica;
 pub mod store;
 pub mod types;
 
