@@ -1,5 +1,5 @@
-//! The desired state of the kernel, as a value: what `plan` answers, what backends render, what
-//! `trace` walks.
+//! The desired state of the kernel, as a value: what [`crate::plan`] answers, what backends render,
+//! what [`crate::trace`] walks.
 //!
 //! ```text
 //!  destination ─┬─ frontends[address, protocol, port] ─┐
@@ -25,7 +25,7 @@
 //!     masqueraded (both as if they had gone out and come back in); everybody else goes to `local` with its address kept.
 //! - A packet that a backend of `hairpin` would receive from itself is masqueraded, whatever else holds.
 //!
-//! Invariants, which `plan` keeps and backends may build on:
+//! Invariants, which [`crate::plan`] keeps and backends may build on:
 //! - every id in `frontends` and `node_ports` is in `service_ports`; a key has one owner, although two Services may ask
 //!   for it;
 //! - the set a policy leads to is there (`Some`), be it empty; backends are sorted, without duplicates, and of the

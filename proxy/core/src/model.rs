@@ -1,6 +1,6 @@
 //! What the planner knows of Kubernetes: Services, EndpointSlices and the own Node, with everything parsed.
 //!
-//! Sources (the store, an API server, files) read objects in Kubernetes' own shape (`model/k8s.rs`) and turn them into these
+//! Sources (the store, an API server, files) read objects in Kubernetes' own shape ([`k8s`]) and turn them into these
 //! types once, at the border. From here on an address is an [`IpAddr`], a port a `u16` and a protocol an enum, so no
 //! rule of the planner ever meets a string that might not parse. What Kubernetes leaves open stays open: conditions are
 //! `Option<bool>`, because "absent" and "false" mean different things ([`Conditions`]).
@@ -8,8 +8,9 @@
 //! Only what decides about traffic is kept: no selectors, target ports, owners or managed fields. A name is shared
 //! (`Arc<str>`), because every port, frontend and id of a Service repeats it.
 //!
-//! This module does not decide which objects count; that is `plan` and `topology`. Old `Endpoints`
-//! objects become EndpointSlices in `model/mirror.rs`.
+//! This module does not decide which objects count; that is [`crate::plan`] and
+//! [`crate::topology`]. Old `Endpoints`
+//! objects become EndpointSlices in [`mirror`].
 
 pub mod convert;
 pub mod k8s;

@@ -1,7 +1,7 @@
 //! Endpoints, the old form: what the EndpointSlice mirroring controller would make of them.
 //!
 //! In a cluster a controller turns hand-made Endpoints into EndpointSlices, and proxies read slices only. Straight on a store
-//! there may be no controller, so `State` keeps Endpoints too and plans with the slices made here, but
+//! there may be no controller, so [`State`](crate::state::State) keeps Endpoints too and plans with the slices made here, but
 //! only while nobody else has made any: as soon as one EndpointSlice is labelled with the Service's name, the Endpoints of that
 //! name are ignored. (It may come from the mirroring controller, from the controller that follows selectors, or by hand; in
 //! each case it says what Endpoints say, or better.) When the last such slice goes, the Endpoints count again.
