@@ -113,7 +113,7 @@ impl Process {
 
     fn tail(&self) -> String {
         let lines = self.lines();
-        let last = &lines[lines.len().saturating_sub(40)..];
+        let last = &lines[lines.len().saturating_sub(12)..];
         format!("---- {} (last {} of {} lines)\n{}", self.name, last.len(), lines.len(), last.join("\n"))
     }
 }
