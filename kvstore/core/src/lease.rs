@@ -4,6 +4,9 @@
 //! batch as the key itself, so that neither a restart nor `TimeToLive` scans the keyspace. When a lease ends is the
 //! leader's business (`lease/expiry.rs`); that it ended is a `LeaseRevoke` in the log.
 
+pub mod expiry;
+pub mod keepalive;
+
 use bytes::Bytes;
 use keelson_proto::leasepb;
 

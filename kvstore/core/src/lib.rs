@@ -20,8 +20,10 @@ pub mod error;
 pub mod keys;
 pub mod lease;
 pub mod mvcc;
+pub mod pending;
 pub mod replica;
 pub mod store;
 pub mod types;
+pub mod watch;
 
 pub use error::{Error, Fatal};

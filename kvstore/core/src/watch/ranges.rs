@@ -1,0 +1,253 @@
+//! Which watchers watch this key: exact keys by a map, ranges by an interval tree.
+//!
+//! Equal ranges share a node. The tree is a treap whose priorities are a hash of the range, so its shape is a function of its
+//! content and needs no randomness; each node knows the largest end below it, so a lookup visits only subtrees that can hold
+//! a match: `O(log n + found)` for ranges that nest or lie apart, as prefixes do.
+//!
+//! What this module does not do: it knows no revision and no stream; it maps keys to numbers.
+
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+
+/// A watcher in the hub; never used twice.
+pub(super) type WatcherKey = u64;
+
+/// Where a range ends.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub(super) enum End {
+    Before(Bytes),
+    Never,
+}
+
+/// What a watcher watches.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(super) enum Span {
+    Key(Bytes),
+    Range(Bytes, End),
+}
+
+impl Span {
+    pub(super) fn contains(&self, key: &[u8]) -> bool {
+        match self {
+            Span::Key(only) => only == key,
+            Span::Range(start, end) => start <= key && end.is_after(key),
+        }
+    }
+}
+
+impl End {
+    fn is_after(&self, key: &[u8]) -> bool {
+        match self {
+            End::Before(end) => end > key,
+            End::Never => true,
+        }
+    }
+}
+
+/// The synced watchers by what they watch.
+#[derive(Default, Debug)]
+pub(super) struct Ranges {
+    keys: BTreeMap<Bytes, BTreeSet<WatcherKey>>,
+    tree: Tree,
+}
+
+impl Ranges {
+    pub(super) fn insert(&mut self, span: &Span, watcher: WatcherKey) {
+        match span {
+            Span::Key(key) => {
+                self.keys.entry(key.clone()).or_default().insert(watcher);
+            }
+            Span::Range(start, end) => self.tree.insert(start, end, watcher),
+        }
+    }
+
+    pub(super) fn remove(&mut self, span: &Span, watcher: WatcherKey) {
+        match span {
+            Span::Key(key) => {
+                if let Entry::Occupied(mut entry) = self.keys.entry(key.clone()) {
+                    entry.get_mut().remove(&watcher);
+                    if entry.get().is_empty() {
+                        entry.remove();
+                    }
+                }
+            }
+            Span::Range(start, end) => self.tree.remove(start, end, watcher),
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        *self = Ranges::default();
+    }
+
+    /// Adds everyone who watches `key` to `found`.
+    pub(super) fn find(&self, key: &[u8], found: &mut Vec<WatcherKey>) {
+        if let Some(exact) = self.keys.get(key) {
+            found.extend(exact);
+        }
+        self.tree.find(self.tree.root, key, found);
+    }
+
+    #[cfg(test)]
+    fn is_empty(&self) -> bool {
+        self.keys.is_empty() && self.tree.root.is_none()
+    }
+}
+
+type Link = Option<usize>;
+
+#[derive(Default, Debug)]
+struct Tree {
+    nodes: Vec<Node>,
+    free: Vec<usize>,
+    root: Link,
+}
+
+#[derive(Debug)]
+struct Node {
+    start: Bytes,
+    end: End,
+    /// The largest end in this subtree.
+    last_end: End,
+    priority: u64,
+    left: Link,
+    right: Link,
+    watchers: BTreeSet<WatcherKey>,
+}
+
+impl Tree {
+    fn find(&self, link: Link, key: &[u8], found: &mut Vec<WatcherKey>) {
+        let Some(at) = link else { return };
+        let node = &self.nodes[at];
+        if !node.last_end.is_after(key) {
+            return;
+        }
+        self.find(node.left, key, found);
+        if node.start <= key {
+            if node.end.is_after(key) {
+                found.extend(&node.watchers);
+            }
+            self.find(node.right, key, found);
+        }
+    }
+
+    fn insert(&mut self, start: &Bytes, end: &End, watcher: WatcherKey) {
+        if let Some(at) = self.at(start, end) {
+            self.nodes[at].watchers.insert(watcher);
+            return;
+        }
+        let node = Node {
+            start: start.clone(),
+            end: end.clone(),
+            last_end: end.clone(),
+            priority: priority(start, end),
+            left: None,
+            right: None,
+            watchers: BTreeSet::from([watcher]),
+        };
+        let new = match self.free.pop() {
+            Some(at) => {
+                self.nodes[at] = node;
+                at
+            }
+            None => {
+                self.nodes.push(node);
+                self.nodes.len() - 1
+            }
+        };
+        let (left, right) = self.split(self.root, start, end);
+        let left = self.merge(left, Some(new));
+        self.root = self.merge(left, right);
+    }
+
+    fn remove(&mut self, start: &Bytes, end: &End, watcher: WatcherKey) {
+        let Some(at) = self.at(start, end) else { return };
+        self.nodes[at].watchers.remove(&watcher);
+        if self.nodes[at].watchers.is_empty() {
+            self.root = self.without(self.root, start, end);
+            self.free.push(at);
+            // Lets the range's bytes go; the slot waits for the next insert.
+            self.nodes[at].start = Bytes::new();
+            self.nodes[at].end = End::Never;
+            self.nodes[at].last_end = End::Never;
+        }
+    }
+
+    fn at(&self, start: &Bytes, end: &End) -> Link {
+        let mut link = self.root;
+        while let Some(at) = link {
+            let node = &self.nodes[at];
+            link = match (start, end).cmp(&(&node.start, &node.end)) {
+                std::cmp::Ordering::Equal => return Some(at),
+                std::cmp::Ordering::Less => node.left,
+                std::cmp::Ordering::Greater => node.right,
+            };
+        }
+        None
+    }
+
+    /// The subtree without the node of exactly this range, which is in it.
+    fn without(&mut self, link: Link, start: &Bytes, end: &End) -> Link {
+        let at = link?;
+        let (left, right) = (self.nodes[at].left, self.nodes[at].right);
+        match (start, end).cmp(&(&self.nodes[at].start, &self.nodes[at].end)) {
+            std::cmp::Ordering::Equal => return self.merge(left, right),
+            std::cmp::Ordering::Less => self.nodes[at].left = self.without(left, start, end),
+            std::cmp::Ordering::Greater => self.nodes[at].right = self.without(right, start, end),
+        }
+        self.update(at);
+        Some(at)
+    }
+
+    /// The subtree's ranges before the given one, and the others.
+    fn split(&mut self, link: Link, start: &Bytes, end: &End) -> (Link, Link) {
+        let Some(at) = link else { return (None, None) };
+        if (&self.nodes[at].start, &self.nodes[at].end) < (start, end) {
+            let (left, right) = self.split(self.nodes[at].right, start, end);
+            self.nodes[at].right = left;
+            self.update(at);
+            (Some(at), right)
+        } else {
+            let (left, right) = self.split(self.nodes[at].left, start, end);
+            self.nodes[at].left = right;
+            self.update(at);
+            (left, Some(at))
+        }
+    }
+
+    /// One subtree of two, of which all of `left` comes before all of `right`.
+    fn merge(&mut self, left: Link, right: Link) -> Link {
+        let (Some(l), Some(r)) = (left, right) else { return left.or(right) };
+        if self.nodes[l].priority >= self.nodes[r].priority {
+            self.nodes[l].right = self.merge(self.nodes[l].right, right);
+            self.update(l);
+            Some(l)
+        } else {
+            self.nodes[r].left = self.merge(left, self.nodes[r].left);
+            self.update(r);
+            Some(r)
+        }
+    }
+
+    fn update(&mut self, at: usize) {
+        let node = &self.nodes[at];
+        let below = [node.left, node.right].into_iter().flatten().map(|child| &self.nodes[child].last_end).max();
+        let last_end = below.map_or(&node.end, |below| below.max(&node.end)).clone();
+        self.nodes[at].last_end = last_end;
+    }
+}
+
+/// FNV-1a with a final mix: spread evenly is all it has to be, and the same everywhere.
+fn priority(start: &Bytes, end: &End) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut add = |byte: u8| hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    start.iter().copied().for_each(&mut add);
+    match end {
+        End::Before(end) => end.iter().copied().for_each(&mut add),
+        End::Never => add(0xff),
+    }
+    hash ^= hash >> 33;
+    hash = hash.wrapping_mul(0xff51_afd7_ed55_8ccd);
+    hash ^ (hash >> 33)
+}

@@ -1,0 +1,66 @@
+//! One stream's queue and the watchers it carries.
+//!
+//! The queue is ordered, and bounded in frames and bytes for whatever history could give again: event frames are refused when it
+//! is full. Answers to the stream's own requests, and cancellations, always go in: they can't be made again, and the shell
+//! takes no further request from a stream whose queue is full.
+//!
+//! What this module does not do: it does not know which watchers are synced; the hub does.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use super::ranges::WatcherKey;
+use super::{Frame, WatchLimits};
+
+/// What a frame costs beside its events.
+const FRAME_BYTES: usize = 64;
+
+#[derive(Default, Debug)]
+pub(super) struct Session {
+    queue: VecDeque<Frame>,
+    bytes: usize,
+    /// By the id on the wire.
+    pub(super) watchers: BTreeMap<i64, WatcherKey>,
+    /// Where the search for the next automatic id begins.
+    next_id: i64,
+    /// Watchers that wait for room.
+    pub(super) blocked: BTreeSet<WatcherKey>,
+}
+
+impl Session {
+    pub(super) fn is_full(&self, limits: &WatchLimits) -> bool {
+        self.queue.len() >= limits.queue_frames || self.bytes >= limits.queue_bytes
+    }
+
+    /// Whether so much was taken that it is worth catching up again.
+    pub(super) fn has_drained(&self, limits: &WatchLimits) -> bool {
+        self.queue.len() <= limits.queue_frames / 2 && self.bytes <= limits.queue_bytes / 2
+    }
+
+    /// The id for a watch that asked for none: from 0 upwards, skipping those in use.
+    pub(super) fn automatic_id(&mut self) -> i64 {
+        while self.watchers.contains_key(&self.next_id) {
+            self.next_id += 1;
+        }
+        self.next_id += 1;
+        self.next_id - 1
+    }
+
+    pub(super) fn push(&mut self, frame: Frame) {
+        self.bytes += cost(&frame);
+        self.queue.push_back(frame);
+    }
+
+    pub(super) fn take(&mut self, max: usize) -> Vec<Frame> {
+        let taken: Vec<Frame> = self.queue.drain(..max.min(self.queue.len())).collect();
+        self.bytes -= taken.iter().map(cost).sum::<usize>();
+        taken
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+}
+
+fn cost(frame: &Frame) -> usize {
+    FRAME_BYTES + frame.cancel_reason.len() + frame.events.iter().map(bytes::Bytes::len).sum::<usize>()
+}
