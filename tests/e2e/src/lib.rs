@@ -16,11 +16,13 @@ pub mod peers;
 pub mod ports;
 pub mod process;
 pub mod rpc;
+pub mod watcher;
 
 pub use cluster::{Cluster, Kind, Member};
 pub use ctl::Ctl;
 pub use folder::Folder;
 pub use process::Process;
+pub use watcher::Watcher;
 
 use std::time::{Duration, Instant};
 

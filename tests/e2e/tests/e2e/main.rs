@@ -22,4 +22,6 @@ macro_rules! on_both {
 
 mod errors;
 mod kv;
+mod lease;
 mod transcript;
+mod watch;
