@@ -16,14 +16,17 @@
 //! 5. otherwise the packet is not for us.
 //!
 //! What a scope does with the packet:
-//! - [`Scope::ClusterIp`] goes by `internal_policy`. It is masqueraded if `node.masquerade_all`, or if there is local
-//!   detection and the source is not one of this node's pods.
+//! - [`Scope::ClusterIp`] goes by `internal_policy`.
 //! - [`Scope::LoadBalancer`] is dropped unless the source lies in `source_ranges` (if there are any); then, like
 //!   [`Scope::ExternalIp`] and every node port, it goes by `external_policy`:
 //!   - `Cluster`: masquerade, any backend of `cluster`;
 //!   - `Local`: a source that local detection knows as a pod goes to `cluster` as it is; the node itself goes to `cluster`
 //!     masqueraded (both as if they had gone out and come back in); everybody else goes to `local` with its address kept.
-//! - A packet that a backend of `hairpin` would receive from itself is masqueraded, whatever else holds.
+//!
+//! And whatever the scope, these are masqueraded:
+//! - what goes to one of `cluster_ips`, if `node.masquerade_all`, or if there is local detection and the source is not one of
+//!   this node's pods;
+//! - a packet that a backend of `hairpin` would receive from itself.
 //!
 //! Invariants, which [`crate::plan`] keeps and backends may build on:
 //! - every id in `frontends` and `node_ports` is in `service_ports`; a key has one owner, although two Services may ask

@@ -69,3 +69,42 @@ fn successor(address: IpAddr) -> Option<IpAddr> {
         IpAddr::V6(v6) => u128::from(v6).checked_add(1).map(|next| Ipv6Addr::from(next).into()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn merged(nets: &[&str]) -> String {
+        let nets = nets.iter().map(|net| net.parse::<IpNet>().unwrap());
+        merge(nets).iter().map(AddressRange::to_string).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn overlapping_nested_and_adjacent_ranges_become_one() {
+        assert_eq!(merged(&[]), "");
+        assert_eq!(merged(&["10.96.0.0/12", "10.96.0.0/16"]), "10.96.0.0-10.111.255.255");
+        assert_eq!(merged(&["10.0.1.0/24", "10.0.0.0/24"]), "10.0.0.0-10.0.1.255");
+        assert_eq!(merged(&["10.0.0.1/32", "10.0.0.3/32"]), "10.0.0.1 10.0.0.3");
+        assert_eq!(
+            merged(&["0.0.0.0/0", "::/0"]),
+            "0.0.0.0-255.255.255.255 ::-ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
+        );
+        assert_eq!(merged(&["255.255.255.255/32", "::/128"]), "255.255.255.255 ::");
+    }
+
+    #[test]
+    fn an_address_is_found_in_its_range_only() {
+        let ranges = merge(["10.0.0.0/24", "10.0.2.0/24", "fd00::/64"].map(|net| net.parse::<IpNet>().unwrap()));
+        for (address, found) in [
+            ("9.255.255.255", false),
+            ("10.0.0.0", true),
+            ("10.0.0.255", true),
+            ("10.0.1.0", false),
+            ("10.0.2.9", true),
+            ("fd00::9", true),
+            ("fd00:0:0:1::", false),
+        ] {
+            assert_eq!(contains(&ranges, address.parse().unwrap()), found, "{address}");
+        }
+    }
+}

@@ -139,3 +139,126 @@ impl Topology {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Conditions, EndpointPort, NamespacedName};
+
+    /// `3 zone=a,b node=n here unready terminating gone`: 10.0.0.3 with hints and conditions, ready unless said otherwise.
+    fn endpoint(text: &str) -> Endpoint {
+        let mut words = text.split_whitespace();
+        let last: u8 = words.next().unwrap().parse().unwrap();
+        let mut endpoint = Endpoint {
+            address: [10, 0, 0, last].into(),
+            conditions: Conditions::default(),
+            node_name: None,
+            zone_hints: Default::default(),
+            node_hints: Default::default(),
+        };
+        let said = |ready, serving, terminating| Conditions {
+            ready: Some(ready),
+            serving: Some(serving),
+            terminating: Some(terminating),
+        };
+        for word in words {
+            match word.split_once('=') {
+                Some(("zone", zones)) => endpoint.zone_hints = zones.split(',').map(Into::into).collect(),
+                Some(("node", nodes)) => endpoint.node_hints = nodes.split(',').map(Into::into).collect(),
+                None if word == "here" => endpoint.node_name = Some("me".into()),
+                None if word == "unready" => endpoint.conditions = said(false, false, false),
+                None if word == "terminating" => endpoint.conditions = said(false, true, true),
+                None if word == "gone" => endpoint.conditions = said(false, false, true),
+                _ => panic!("{word}"),
+            }
+        }
+        endpoint
+    }
+
+    fn slice(name: &str, endpoints: &str) -> EndpointSlice {
+        EndpointSlice {
+            name: NamespacedName::new("ns", name),
+            service: Some("svc".into()),
+            family: Family::V4,
+            headless: false,
+            ports: vec![EndpointPort { name: "p".into(), protocol: Protocol::Tcp, port: Some(80) }],
+            endpoints: endpoints.split('|').filter(|text| !text.trim().is_empty()).map(endpoint).collect(),
+        }
+    }
+
+    fn sets(zone: Option<&str>, slices: &[EndpointSlice]) -> String {
+        let place = Place { node: "me", zone };
+        let found = candidates(slices.iter(), "p", Protocol::Tcp, Family::V4, place);
+        let categories = categorize(&found, true, true, place);
+        let print = |set: Option<Vec<Backend>>| {
+            let numbers = set.unwrap().into_iter().map(|backend| match backend.address.ip() {
+                std::net::IpAddr::V4(ip) => ip.octets()[3].to_string(),
+                other => panic!("{other}"),
+            });
+            numbers.collect::<Vec<_>>().join(" ")
+        };
+        let any = if categories.any { "" } else { ", none" };
+        format!("{} / {}{any}", print(categories.cluster), print(categories.local))
+    }
+
+    /// What the endpoints are, in which zone this node is, and the Cluster / Local sets.
+    #[test]
+    fn categories() {
+        let a_b_c_a = "3 zone=a | 4 zone=b | 5 zone=c | 6 zone=a";
+        for (name, zone, endpoints, expected) in [
+            ("nothing", Some("a"), "", " / , none"),
+            ("zone hints hold", Some("a"), a_b_c_a, "3 6 / "),
+            ("the node has no zone", None, a_b_c_a, "3 4 5 6 / "),
+            ("the node's zone is empty", Some(""), "3 zone=a", "3 / "),
+            ("nobody is hinted for this zone", Some("b"), "3 zone=a", "3 / "),
+            ("Local ignores hints", Some("a"), "3 zone=a here | 4 zone=b here | 5 zone=c | 6 zone=a", "3 6 / 3 4"),
+            ("one of two in the zone is unready", Some("a"), "3 zone=a | 4 zone=b | 6 zone=a unready", "3 / "),
+            ("all in the zone are unready", Some("a"), "3 zone=a unready | 4 zone=b | 5 zone=c", "4 5 / "),
+            ("one has no hint", Some("a"), "3 zone=a | 4 zone=b | 5 | 6 zone=a", "3 4 5 6 / "),
+            ("only an unready one has no hint", Some("a"), "3 zone=a | 4 zone=b | 5 unready", "3 / "),
+            ("several hints each", Some("c"), "3 zone=a,b,c | 4 zone=b,c | 5 zone=b,d | 6 zone=c", "3 4 6 / "),
+            ("node before zone", Some("a"), "3 zone=a node=me | 4 zone=a node=other", "3 / "),
+            ("not hinted for this node", Some("a"), "3 zone=a node=x | 4 zone=b node=x", "3 / "),
+            ("one has no node hint", Some("a"), "3 zone=a node=me | 4 zone=a | 5 zone=b", "3 4 / "),
+            ("node hints without zones", None, "3 node=me,x | 4 node=x", "3 / "),
+            ("all are remote", None, "3 | 4", "3 4 / "),
+            ("all are local", None, "3 here | 4 here", "3 4 / 3 4"),
+            ("some are local", None, "3 here | 4", "3 4 / 3"),
+            ("all unready", None, "3 unready | 4 unready here", " / , none"),
+            ("some unready", None, "3 unready | 4", "4 / "),
+            ("all terminate", None, "3 terminating here | 4 terminating", "3 4 / 3"),
+            ("some terminate and do not serve", None, "3 gone here | 4 terminating", "4 / "),
+            ("ready ones elsewhere", None, "3 terminating here | 4", "4 / 3"),
+            ("ready ones here", None, "3 here | 4 terminating here | 5 terminating", "3 / 3"),
+            ("all are gone", None, "3 gone here | 4 gone", " / , none"),
+            ("the fallback ignores hints", Some("a"), "3 terminating zone=a | 4 terminating zone=b", "3 4 / "),
+        ] {
+            assert_eq!(sets(zone, &[slice("s", endpoints)]), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn of_two_entries_for_one_address_the_one_that_does_not_terminate_wins() {
+        let (old, new) = (slice("old", "3 terminating here"), slice("new", "3 here"));
+        assert_eq!(sets(None, &[old.clone(), new.clone()]), "3 / 3");
+        assert_eq!(sets(None, &[new, old.clone()]), "3 / 3");
+        let unready = slice("new", "3 unready here");
+        assert_eq!(sets(None, &[old.clone(), unready.clone()]), " / , none", "even if it is not ready");
+        assert_eq!(sets(None, &[unready, old]), " / , none");
+    }
+
+    #[test]
+    fn a_set_that_is_not_asked_for_is_not_made() {
+        let place = Place { node: "me", zone: None };
+        let slices = [slice("s", "3")];
+        let found = candidates(slices.iter(), "p", Protocol::Tcp, Family::V4, place);
+        let local = categorize(&found, false, true, place);
+        assert_eq!(local, Categories { cluster: None, local: Some(vec![]), any: true });
+        assert_eq!(categorize(&found, true, false, place).local, None);
+        for (name, protocol, family) in
+            [("q", Protocol::Tcp, Family::V4), ("p", Protocol::Udp, Family::V4), ("p", Protocol::Tcp, Family::V6)]
+        {
+            assert!(candidates(slices.iter(), name, protocol, family, place).is_empty());
+        }
+    }
+}

@@ -106,22 +106,21 @@ pub fn trace(dataplane: &Dataplane, packet: &Packet<'_>) -> Verdict {
 }
 
 fn internal(dataplane: &Dataplane, plan: &ServicePortPlan, packet: &Packet<'_>) -> Verdict {
-    let masquerade = dataplane.node.masquerade_all || is_from_pod(dataplane, packet) == Some(false);
-    choose(plan.backends(plan.internal_policy), packet, masquerade)
+    choose(dataplane, plan.backends(plan.internal_policy), packet, false)
 }
 
 fn external(dataplane: &Dataplane, plan: &ServicePortPlan, packet: &Packet<'_>) -> Verdict {
-    match plan.external_policy {
-        TrafficPolicy::Cluster => choose(plan.cluster.as_ref(), packet, true),
-        TrafficPolicy::Local if is_from_pod(dataplane, packet) == Some(true) => {
-            choose(plan.cluster.as_ref(), packet, false)
-        }
-        TrafficPolicy::Local if packet.origin == Origin::Node => choose(plan.cluster.as_ref(), packet, true),
-        TrafficPolicy::Local => choose(plan.local.as_ref(), packet, false),
-    }
+    let (backends, masquerade) = match plan.external_policy {
+        TrafficPolicy::Cluster => (&plan.cluster, true),
+        TrafficPolicy::Local if is_from_pod(dataplane, packet) == Some(true) => (&plan.cluster, false),
+        TrafficPolicy::Local if packet.origin == Origin::Node => (&plan.cluster, true),
+        TrafficPolicy::Local => (&plan.local, false),
+    };
+    choose(dataplane, backends.as_ref(), packet, masquerade)
 }
 
-fn choose(backends: Option<&Backends>, packet: &Packet<'_>, masquerade: bool) -> Verdict {
+/// Any of the backends. `masquerade` says what the policy asks for; ClusterIPs and hairpins may ask for it as well.
+fn choose(dataplane: &Dataplane, backends: Option<&Backends>, packet: &Packet<'_>, masquerade: bool) -> Verdict {
     let Some(backends) = backends else { return Verdict::Reject };
     if backends.list.is_empty() {
         return match backends.when_empty {
@@ -129,11 +128,18 @@ fn choose(backends: Option<&Backends>, packet: &Packet<'_>, masquerade: bool) ->
             WhenEmpty::Drop => Verdict::Drop,
         };
     }
+    let masquerade = masquerade || is_foreign_to_cluster_ip(dataplane, packet);
     let ways = backends.list.iter().map(|backend| {
         let hairpin = backend.local && backend.address.ip() == packet.source;
         Translation { endpoint: backend.address, masquerade: masquerade || hairpin }
     });
     Verdict::Translate(ways.collect())
+}
+
+/// Does the packet go to a ClusterIP, by whatever frontend, and not come from one of this node's pods?
+fn is_foreign_to_cluster_ip(dataplane: &Dataplane, packet: &Packet<'_>) -> bool {
+    dataplane.cluster_ips.contains(&packet.destination)
+        && (dataplane.node.masquerade_all || is_from_pod(dataplane, packet) == Some(false))
 }
 
 fn is_shut_out(plan: &ServicePortPlan, packet: &Packet<'_>) -> bool {

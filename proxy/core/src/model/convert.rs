@@ -390,3 +390,52 @@ fn decimal(text: &str) -> Option<u8> {
     // All digits: this fails only if the number is too big.
     text.parse().ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_as_old_objects_hold_them() {
+        for (text, address) in [
+            ("10.0.0.1", "10.0.0.1"),
+            ("010.000.000.001", "10.0.0.1"),
+            ("::ffff:10.0.0.1", "10.0.0.1"),
+            ("fd00:0::1", "fd00::1"),
+        ] {
+            assert_eq!(parse_ip(text), Some(address.parse().unwrap()), "{text}");
+        }
+        for text in
+            ["", "10.0.0", "10.0.0.1.2", "10.0.0.256", "10.0.0.+1", "10.0.0.1/8", " 10.0.0.1", "fd00::g", "0x0a.0.0.1"]
+        {
+            assert_eq!(parse_ip(text), None, "{text}");
+        }
+        for (text, net) in
+            [("10.1.2.3/8", "10.0.0.0/8"), (" 203.0.113.000/025 ", "203.0.113.0/25"), ("fd00::1/64", "fd00::/64")]
+        {
+            assert_eq!(parse_cidr(text), Some(net.parse().unwrap()), "{text}");
+        }
+        for text in ["10.0.0.0", "10.0.0.0/33", "10.0.0.0/", "10.0.0.0/-1", "fd00::/129", "/8"] {
+            assert_eq!(parse_cidr(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_nodes_address_is_its_first_internal_one_else_external_one_a_family() {
+        let node = |addresses: &[(&str, &str)]| {
+            let mut node = k8s::Node::default();
+            let list = addresses
+                .iter()
+                .map(|(kind, address)| k8s::NodeAddress { address_type: (*kind).into(), address: (*address).into() });
+            node.status.addresses = list.collect();
+            let ips = node.to_model(&mut Vec::new()).addresses;
+            ips.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(node(&[("Hostname", "n1"), ("ExternalIP", "1.1.1.1"), ("InternalIP", "10.0.0.1")]), "10.0.0.1");
+        assert_eq!(node(&[("ExternalIP", "1.1.1.1"), ("ExternalIP", "2.2.2.2")]), "1.1.1.1");
+        assert_eq!(
+            node(&[("InternalIP", "10.0.0.1"), ("InternalIP", "10.0.0.2"), ("ExternalIP", "2001:db8::1")]),
+            "10.0.0.1 2001:db8::1"
+        );
+    }
+}
