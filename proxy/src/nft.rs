@@ -36,7 +36,9 @@ pub mod watch;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Instant;
 
-use proxy_core::dataplane::{Changes, Dataplane, Frontend, NodePlan, NodePort, Scope, ServicePortId, Target};
+use proxy_core::dataplane::{
+    Changes, Dataplane, Frontend, NodePlan, NodePort, NodePortAddresses, Scope, ServicePortId, Target,
+};
 use proxy_core::model::{Family, Protocol};
 
 use self::adopt::Adoption;
@@ -286,6 +288,10 @@ impl<K: Kernel> Nft<K> {
         now: Instant,
     ) -> Result<Applied, NftError> {
         let mut applied = Applied::default();
+        applied.stale.node_addresses(match &desired.node.node_port_addresses {
+            NodePortAddresses::AllLocal => None,
+            NodePortAddresses::Only(addresses) => Some(addresses.clone()),
+        });
         // Until the kernel has acknowledged, what is remembered of the ports is ahead of it.
         self.trusted = false;
         let mut ops = Vec::new();
