@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use proxy_core::model::Family;
 
 use crate::netlink::attr::{Attr, Attrs, nest, put, put_u32};
-use crate::netlink::{Message, NLM_F_REQUEST, Socket, frame};
+use crate::netlink::{Message, NLM_F_REQUEST, Socket, family_number, frame};
 
 const SUBSYSTEM: u16 = 1;
 const GET: u16 = 1;
@@ -208,7 +208,7 @@ impl Conntrack {
                 deletes.push(name_entry(message.attrs));
             }
         };
-        let number = crate::nft::netlink::family_number(family);
+        let number = family_number(family);
         let kind = SUBSYSTEM << 8 | GET;
         if self.filters {
             match self.socket.dump(kind, number, &udp_filter(), read) {
@@ -230,7 +230,7 @@ impl Conntrack {
     /// Deletes the named flows; one that went by itself is no error.
     fn delete(&mut self, family: Family, names: &[Vec<u8>]) -> io::Result<usize> {
         let mut deleted = 0;
-        let number = crate::nft::netlink::family_number(family);
+        let number = family_number(family);
         let mut rest = names;
         while !rest.is_empty() {
             let mut bytes = Vec::new();

@@ -11,6 +11,8 @@ pub mod attr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use proxy_core::model::Family;
+
 use self::attr::Attrs;
 
 pub const NLM_F_REQUEST: u16 = 0x1;
@@ -344,6 +346,14 @@ fn bind(fd: &OwnedFd) -> io::Result<u32> {
 
 fn check(result: isize) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// The family byte of the netfilter header.
+pub fn family_number(family: Family) -> u8 {
+    match family {
+        Family::V4 => libc::NFPROTO_IPV4 as u8,
+        Family::V6 => libc::NFPROTO_IPV6 as u8,
+    }
 }
 
 /// Appends one message: both headers, whatever `body` writes, and the length put right afterwards.

@@ -19,9 +19,11 @@ use super::kernel::{ChainInfo, Kernel, KernelError, Receipt, TableInfo};
 use super::object::{
     Base, Data, Element, Expr, FibOf, Id, Key, KeyKind, Op, Rule, SetId, TABLE, Verdict, address, address_bytes,
 };
-use super::skeleton::{Field, SetData, SetShape, set_shape};
+use super::skeleton::{Field, SetData, SetShape, set_shape, width};
 use crate::netlink::attr::{Attr, Attrs, close, nest, open, put, put_text, put_u32, put_u64};
-use crate::netlink::{Answer, Message, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, Socket, frame};
+use crate::netlink::{
+    Answer, Message, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, Socket, family_number, frame,
+};
 
 pub(super) const SUBSYSTEM: u16 = 10;
 const BATCH_BEGIN: u16 = 16;
@@ -182,13 +184,6 @@ fn refused(answer: &Answer, starts: &[(u32, usize)], ops: &[Op]) -> KernelError 
         what: ops.get(op).map_or_else(|| "accept the batch".to_owned(), Op::to_string),
         error: io::Error::from_raw_os_error(answer.errno),
         reason: answer.text.clone(),
-    }
-}
-
-pub(super) fn family_number(family: Family) -> u8 {
-    match family {
-        Family::V4 => libc::NFPROTO_IPV4 as u8,
-        Family::V6 => libc::NFPROTO_IPV6 as u8,
     }
 }
 
@@ -579,14 +574,6 @@ fn type_id(family: Family, fields: &[Field]) -> u32 {
                 (Field::Index, _) => 4,
             }
     })
-}
-
-fn width(family: Family, fields: &[Field]) -> u32 {
-    let bytes = |field: &Field| match field {
-        Field::Source | Field::Destination => address_bytes(family),
-        Field::Protocol | Field::Port | Field::Id | Field::Index => 4,
-    };
-    fields.iter().map(bytes).sum::<usize>() as u32
 }
 
 /// What `nft` reads to list a set by the expressions that fill it (`typeof`): tagged bytes, with no padding.

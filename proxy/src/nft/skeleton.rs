@@ -164,6 +164,15 @@ pub fn set_shape(set: SetId) -> SetShape {
     }
 }
 
+/// How many bytes fields take in a key.
+pub fn width(family: Family, fields: &[Field]) -> u32 {
+    let bytes = |field: &Field| match field {
+        Field::Source | Field::Destination => address_bytes(family),
+        Field::Protocol | Field::Port | Field::Id | Field::Index => 4,
+    };
+    fields.iter().map(bytes).sum::<usize>() as u32
+}
+
 /// A chain that handles one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum StepChain {

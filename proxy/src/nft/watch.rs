@@ -13,10 +13,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use proxy_core::model::Family;
 
-use super::netlink::{SUBSYSTEM, family_number};
+use super::netlink::SUBSYSTEM;
 use super::object::TABLE;
 use crate::netlink::attr::Attr;
-use crate::netlink::{Message, Socket};
+use crate::netlink::{Message, Socket, family_number};
 
 const GROUP_NFTABLES: libc::c_int = 7;
 const NEWGEN: u16 = 15;
