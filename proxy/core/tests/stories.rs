@@ -17,6 +17,7 @@
 //!
 //! At every step the incremental plan is compared with a full one, and its changes with the difference.
 #![allow(clippy::disallowed_methods, reason = "a test reads its stories from files")]
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
