@@ -20,6 +20,8 @@ macro_rules! on_both {
     };
 }
 
+mod command_line;
+mod endpoints;
 mod errors;
 mod kv;
 mod lease;
