@@ -21,9 +21,11 @@ macro_rules! on_both {
 }
 
 mod command_line;
+mod crash;
 mod endpoints;
 mod errors;
 mod kv;
 mod lease;
+mod three;
 mod transcript;
 mod watch;
