@@ -137,7 +137,7 @@ fn check(cluster: &Cluster, recorder: &Recorder) {
             }
         }
     });
-    println!("{} acknowledged, {unanswered} unanswered, {} stored", acknowledged.len(), stored.len());
+    eprintln!("{} acknowledged, {unanswered} unanswered, {} stored", acknowledged.len(), stored.len());
 }
 
 fn one_member(kind: Kind) {
