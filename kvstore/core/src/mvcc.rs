@@ -95,3 +95,9 @@ pub struct Event {
     /// The encoded `KeyValue` before the change. `None` for a create, and if mod − 1 is compacted (trap 5).
     pub prev: Option<Bytes>,
 }
+
+/// What a row of `rev` counts for in the quota.
+#[cfg(test)]
+pub(crate) fn logical_size(row: &[u8]) -> Result<u64, Fatal> {
+    Ok(record::size(record::newest(row)?.1.len()))
+}

@@ -13,6 +13,8 @@ mod alarm;
 mod apply;
 pub mod members;
 pub mod quota;
+#[cfg(test)]
+mod tests;
 pub mod view;
 
 use std::sync::Arc;
