@@ -23,8 +23,6 @@ pub mod mvcc;
 pub mod pending;
 pub mod replica;
 pub mod store;
-#[cfg(test)]
-mod testing;
 pub mod types;
 pub mod watch;
 

@@ -1,0 +1,154 @@
+//! How the edge talks to the machines: one cheap, cloneable handle.
+//!
+//! Proposals and reads go to the raft thread as values and come back through oneshots; what everybody may read (the
+//! published view with its facts, the watch hub, Raft's position) is shared here and nowhere else. Answers to an edge
+//! runtime travel in batches through its [`Edge`]: completing a oneshot from another thread costs a system call each,
+//! completing a thousand from a task on their own runtime costs one.
+//!
+//! What it does not do: it validates no request and makes no response; that is `rpc/*`.
+
+mod edge;
+mod hub;
+mod leases;
+mod shared;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use keelson_proto::etcdserverpb::{InternalRaftRequest, LeaseTimeToLiveResponse};
+use kvstore_core::Error;
+use kvstore_core::store::{self, Outcome};
+use kvstore_core::types::{ClusterId, Index, LeaseId, MemberId, Term};
+use prost::Message;
+
+use crate::disk;
+use crate::driver::Input;
+
+pub use edge::Edge;
+pub(crate) use edge::Waiter;
+pub use hub::{Hub, WatchStream};
+pub(crate) use shared::{PublishedCell, RaftCell, RequestIds, Shared};
+
+/// One moment of the store: a view of the database and the facts of the same moment.
+pub type Published = store::Published<disk::View>;
+
+/// Who this member is. Names and URLs are those it was started with; what the cluster knows is in `Facts::members`.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    pub cluster_id: ClusterId,
+    pub member_id: MemberId,
+    pub name: String,
+    pub peer_urls: Vec<String>,
+    pub client_urls: Vec<String>,
+}
+
+/// Where Raft stands, as far as this member knows.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct RaftStatus {
+    pub leader: Option<MemberId>,
+    pub term: Term,
+    pub is_leader: bool,
+    pub committed: Index,
+    pub applied: Index,
+}
+
+/// Bounds at the door, in etcd's numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct InboxLimits {
+    /// Of one encoded request (`--max-request-bytes`).
+    pub max_request_bytes: usize,
+    /// How far the commit may run ahead of the apply before proposals are refused.
+    pub max_commit_to_apply_gap: u64,
+}
+
+impl Default for InboxLimits {
+    fn default() -> Self {
+        InboxLimits { max_request_bytes: 1_572_864, max_commit_to_apply_gap: 5_000 }
+    }
+}
+
+/// The edge's handle to the machines.
+#[derive(Clone)]
+pub struct Inbox {
+    shared: Arc<Shared>,
+    edge: Arc<Edge>,
+}
+
+impl Inbox {
+    /// The same inbox for another edge runtime, whose [`Edge::run`] must be running there.
+    pub fn for_edge(&self, edge: Arc<Edge>) -> Inbox {
+        Inbox { shared: Arc::clone(&self.shared), edge }
+    }
+
+    /// Hands a request to Raft and waits until it was applied here, or until nobody can tell any more. It is proposed
+    /// once: an error that says "timed out" leaves open whether it happened (trap 7).
+    pub async fn propose(&self, mut request: InternalRaftRequest) -> Result<Outcome, Error> {
+        let raft = &self.shared.raft;
+        if raft.committed() > raft.applied().saturating_add(self.shared.limits.max_commit_to_apply_gap) {
+            return Err(Error::TooManyRequests);
+        }
+        let id = self.shared.ids.next();
+        request.header.get_or_insert_default().id = id.0;
+        if request.encoded_len() > self.shared.limits.max_request_bytes {
+            return Err(Error::RequestTooLarge);
+        }
+        let data = Bytes::from(request.encode_to_vec());
+        let (waiter, outcome) = Waiter::outcome(&self.edge);
+        self.shared.driver.push(Input::Propose { id, data, waiter }).map_err(|_| Error::Stopped)?;
+        outcome.await.unwrap_or(Err(Error::Stopped))
+    }
+
+    /// Returns once this member has applied everything that the cluster had committed when this was called.
+    pub async fn read_index(&self) -> Result<(), Error> {
+        let (waiter, done) = Waiter::read(&self.edge);
+        self.shared.driver.push(Input::Read { waiter }).map_err(|_| Error::Stopped)?;
+        done.await.unwrap_or(Err(Error::Stopped))
+    }
+
+    /// The newest moment that may be read.
+    pub fn published(&self) -> Arc<Published> {
+        self.shared.published.get()
+    }
+
+    pub fn hub(&self) -> &Hub {
+        &self.shared.hub
+    }
+
+    /// A new watch stream, woken on this inbox's runtime.
+    pub fn watch(&self) -> WatchStream {
+        WatchStream::open(&self.shared, &self.edge)
+    }
+
+    /// Renews a lease at the leader, wherever that is; its TTL in seconds, or 0 if there is no such lease.
+    pub async fn lease_keep_alive(&self, id: LeaseId) -> Result<i64, Error> {
+        leases::keep_alive(self, id).await
+    }
+
+    /// What the leader knows of a lease. The header is left empty.
+    pub async fn lease_time_to_live(&self, id: LeaseId, keys: bool) -> Result<LeaseTimeToLiveResponse, Error> {
+        leases::time_to_live(self, id, keys).await
+    }
+
+    pub fn raft(&self) -> RaftStatus {
+        self.shared.raft.get()
+    }
+
+    pub fn identity(&self) -> &Identity {
+        &self.shared.identity
+    }
+
+    /// A number that no other call of this method on any member has returned or will: positive, 63 bits, for leases.
+    pub fn next_id(&self) -> i64 {
+        loop {
+            let id = (self.shared.ids.next().0 & (i64::MAX as u64)) as i64;
+            if id != 0 {
+                return id;
+            }
+        }
+    }
+
+    /// Bytes that the state takes on disk (`dbSize`).
+    pub fn disk_size(&self) -> i64 {
+        self.shared.disk_size.load(std::sync::atomic::Ordering::Relaxed)
+    }
+}
