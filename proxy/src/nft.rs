@@ -33,6 +33,9 @@ pub mod skeleton;
 pub mod trace;
 pub mod watch;
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Instant;
 

@@ -23,6 +23,8 @@ pub mod mvcc;
 pub mod pending;
 pub mod replica;
 pub mod store;
+#[cfg(test)]
+mod testing;
 pub mod types;
 pub mod watch;
 

@@ -8,10 +8,13 @@
 //! | module | story |
 //! |---|---|
 //! | `record` | the layout of a record, and a `KeyValue` read in place |
+//! | `span` | what a request's key and range end mean |
+//! | `versions` | which version of a key was the newest at a revision |
 //! | [`range`] | Range: every option, the present and the past |
 //! | `count` | how many keys, without their bytes |
 //! | `write` | Put and DeleteRange on a batch; the events they make |
-//! | `txn` | compares, pre-checks and execution of Txn |
+//! | `recent` | a cache of newest records in front of them |
+//! | [`txn`] | compares, pre-checks and execution of Txn |
 //! | `compact` | Compact and its deletion in slices |
 //! | [`history`] | events of past revisions, for watchers that catch up |
 //! | [`check`] | what is refused before it is proposed |
@@ -19,8 +22,16 @@
 //! What it does not do: it proposes nothing, waits for nothing, and knows no member.
 
 pub mod check;
+pub(crate) mod compact;
+mod count;
 pub mod history;
 pub mod range;
+pub(crate) mod recent;
+mod record;
+pub(crate) mod span;
+pub mod txn;
+mod versions;
+pub(crate) mod write;
 
 use bytes::Bytes;
 
@@ -83,4 +94,10 @@ pub struct Event {
     pub kv: Bytes,
     /// The encoded `KeyValue` before the change. `None` for a create, and if mod − 1 is compacted (trap 5).
     pub prev: Option<Bytes>,
+}
+
+/// What a row of `rev` counts for in the quota.
+#[cfg(test)]
+pub(crate) fn logical_size(row: &[u8]) -> Result<u64, Fatal> {
+    Ok(record::size(record::newest(row)?.1.len()))
 }

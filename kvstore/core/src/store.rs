@@ -9,6 +9,14 @@
 //! What it does not do: it writes nothing itself, proposes nothing (it says when an alarm should be: see
 //! [`Applied::over_quota`]), and knows no clock.
 
+mod alarm;
+mod apply;
+pub mod members;
+pub mod quota;
+#[cfg(test)]
+mod tests;
+pub mod view;
+
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -19,10 +27,17 @@ use keelson_proto::etcdserverpb::{
 use keelson_proto::membershippb::Member;
 
 use crate::backend::{ReadView, WriteBatch};
-use crate::lease::LeaseChange;
-use crate::mvcc::{Bounds, RevisionEvents};
+use crate::lease::{LeaseChange, Leases};
+use crate::mvcc::recent::Recent;
+use crate::mvcc::write::Numbers;
+use crate::mvcc::{Bounds, RevisionEvents, compact};
 use crate::types::{ClusterId, Entry, Index, MemberId, RequestId, Term};
-use crate::{Error, Fatal};
+use crate::{Error, Fatal, keys};
+
+use alarm::Alarms;
+use members::Members;
+
+pub use members::ConfState;
 
 /// What this member was told that concerns applying. Nothing here may change what is *written*: members may differ.
 #[derive(Clone, Debug)]
@@ -48,6 +63,8 @@ pub struct Facts {
     pub revision: i64,
     /// -1: never compacted.
     pub compacted: i64,
+    /// Rows below `compacted` are still being deleted here.
+    pub compacting: bool,
     pub applied_index: Index,
     pub applied_term: Term,
     /// By id.
@@ -134,46 +151,60 @@ pub struct SliceDone {
 /// The state machine.
 #[derive(Debug)]
 pub struct Store {
-    config: StoreConfig,
-    facts: Facts,
+    applied: keys::Applied,
+    numbers: Numbers,
+    recent: Recent,
+    leases: Leases,
+    members: Members,
+    alarms: Alarms,
+    quota: Option<i64>,
 }
 
 impl Store {
     /// Rebuilds the values from the rows. An empty database is a store at index 0 that only a snapshot can bring
     /// further (trap 2); rows of a later format version are refused.
     pub fn open<V: ReadView>(view: &V, config: StoreConfig) -> Result<Store, Fatal> {
-        let _ = view;
-        let facts = Facts {
-            revision: 1,
-            compacted: -1,
-            applied_index: 0,
-            applied_term: 0,
-            members: Arc::default(),
-            removed: Arc::default(),
-            cluster_version: None,
-            alarms: Arc::default(),
-            size_in_use: 0,
-            quota: 0,
-            lease_count: 0,
-        };
-        Ok(Store { config, facts })
+        let numbers = if view::check_format(view)? { view::read_numbers(view)? } else { Numbers::EMPTY };
+        Ok(Store {
+            applied: view::applied(view)?,
+            numbers,
+            recent: Recent::new(config.record_cache_bytes),
+            leases: Leases::open(view)?,
+            members: Members::open(view)?,
+            alarms: Alarms::open(view)?,
+            quota: quota::limit(config.quota_backend_bytes),
+        })
     }
 
     /// Applies committed entries, in log order, into `batch`; `view` is everything written before. The caller writes the
     /// batch, whole, before it calls again or publishes anything of the result. After a `Fatal` the store must not be
-    /// used again.
+    /// used again. Entries that the state holds already are passed over; a gap is fatal.
     pub fn apply<V: ReadView>(
         &mut self,
         view: &V,
         entries: &[Entry],
         batch: &mut WriteBatch,
     ) -> Result<Applied, Fatal> {
-        let _ = (view, batch, &self.config);
         let mut applied = Applied::default();
-        if let Some(last) = entries.last() {
-            (self.facts.applied_index, self.facts.applied_term) = (last.index, last.term);
+        let before = (self.applied, self.numbers);
+        for entry in entries {
+            if entry.index <= self.applied.index {
+                continue;
+            }
+            if entry.index != self.applied.index + 1 {
+                let (at, got) = (self.applied.index, entry.index);
+                return Err(Fatal::Invariant(format!("entry {got} was to be applied after entry {at}")));
+            }
+            self.apply_entry(view, entry, batch, &mut applied)?;
+            self.applied = keys::Applied { index: entry.index, term: entry.term };
         }
-        (applied.index, applied.term) = (self.facts.applied_index, self.facts.applied_term);
+        if self.numbers != before.1 {
+            view::write_numbers(&self.numbers, batch);
+        }
+        if self.applied != before.0 {
+            view::write_applied(self.applied, batch);
+        }
+        (applied.index, applied.term) = (self.applied.index, self.applied.term);
         Ok(applied)
     }
 
@@ -185,18 +216,40 @@ impl Store {
         max_rows: usize,
         batch: &mut WriteBatch,
     ) -> Result<Option<SliceDone>, Fatal> {
-        let _ = (view, max_rows, batch);
-        Ok(None)
+        let Some(cursor) = self.numbers.cursor else {
+            return Ok(None);
+        };
+        let compacted = self.numbers.compacted;
+        let slice = compact::slice(view, compacted, cursor, max_rows, batch, &mut self.recent)?;
+        self.numbers.cursor = slice.cursor;
+        view::write_numbers(&self.numbers, batch);
+        Ok(Some(SliceDone { compacted, rows: slice.rows, finished: slice.cursor.is_none() }))
+    }
+
+    fn size_in_use(&self) -> i64 {
+        self.numbers.in_use() as i64 + self.leases.len() as i64 * quota::LEASE_COST
     }
 
     /// What readers may know now. Cheap.
     pub fn facts(&self) -> Facts {
-        self.facts.clone()
+        Facts {
+            revision: self.numbers.revision,
+            compacted: self.numbers.compacted,
+            compacting: self.numbers.cursor.is_some(),
+            applied_index: self.applied.index,
+            applied_term: self.applied.term,
+            members: self.members.list(),
+            removed: self.members.removed(),
+            cluster_version: self.members.version(),
+            alarms: self.alarms.list(),
+            size_in_use: self.size_in_use(),
+            quota: self.quota.unwrap_or(0),
+            lease_count: self.leases.len(),
+        }
     }
 
     /// The rows that found a new member's state before any entry: index 1, term 1, equal on all founders (trap 2).
     pub fn bootstrap(founders: &[Founder], cluster_id: ClusterId) -> WriteBatch {
-        let _ = (founders, cluster_id);
-        WriteBatch::new()
+        members::bootstrap(founders, cluster_id)
     }
 }

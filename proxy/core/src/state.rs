@@ -232,7 +232,9 @@ impl State {
         self.synced.contains(&kind)
     }
 
-    /// May the kernel be programmed? Not before Services and EndpointSlices are both complete.
+    /// May the kernel be programmed? Not before Services and EndpointSlices are both complete. A source that reports Endpoints
+    /// or the Node too had better wait for those as well: without them a Service may look like nobody serves it, or pods like
+    /// strangers.
     pub fn is_synced(&self) -> bool {
         self.has_synced(Kind::Service) && self.has_synced(Kind::EndpointSlice)
     }

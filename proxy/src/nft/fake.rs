@@ -31,6 +31,13 @@ pub struct FakeTable {
     pub chains: BTreeMap<Arc<str>, FakeChain>,
 }
 
+impl FakeTable {
+    /// Gives it to the process of another socket.
+    pub fn own_by(&mut self, port: u32) {
+        self.owner = Some(port);
+    }
+}
+
 #[derive(Clone, Debug, Default)]
 pub struct FakeChain {
     pub base: Option<Base>,
@@ -164,7 +171,6 @@ fn execute(tables: &mut Tables, op: &Op, port: u32) -> Result<(), i32> {
             for element in elements {
                 add_element(table, *family, *set, element)?;
             }
-            check_intervals(*set, &table.sets[set])?;
         }
         Op::DeleteElements { family, set, keys } => {
             let map = open(tables, *family, port)?.sets.get_mut(set).ok_or(libc::ENOENT)?;
@@ -214,28 +220,20 @@ fn add_element(table: &mut FakeTable, family: Family, set: SetId, element: &Elem
         return Err(libc::ENOENT);
     }
     let map = table.sets.get_mut(&set).ok_or(libc::ENOENT)?;
+    if set_shape(set).interval && element.key.kind != KeyKind::Range {
+        check_interval(map, &element.key)?;
+    }
     match map.insert(element.key, element.data.clone()) {
         Some(old) if old != element.data => Err(libc::EEXIST),
         _ => Ok(()),
     }
 }
 
-/// Plain intervals must begin and end in turn.
-fn check_intervals(set: SetId, map: &BTreeMap<Key, Data>) -> Result<(), i32> {
-    if !set_shape(set).interval || set == SetId::SourceRanges {
-        return Ok(());
-    }
-    let mut edges: Vec<_> = map.keys().map(|key| (key.bytes(), key.kind == KeyKind::Single)).collect();
-    // Where one interval ends the next may begin: the end sorts first.
-    edges.sort_unstable();
-    let mut inside = false;
-    for (_, begins) in edges {
-        if begins == inside {
-            return Err(libc::EEXIST);
-        }
-        inside = begins;
-    }
-    Ok(())
+/// Plain intervals begin and end in turn, at every moment: what begins inside another, or before the one before it has
+/// ended, is an overlap.
+fn check_interval(map: &BTreeMap<Key, Data>, key: &Key) -> Result<(), i32> {
+    let before = map.range(..key).next_back().is_some_and(|(edge, _)| edge.kind == KeyKind::Single);
+    if before == (key.kind == KeyKind::IntervalEnd) { Ok(()) } else { Err(libc::EEXIST) }
 }
 
 #[cfg(test)]

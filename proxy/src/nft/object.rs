@@ -144,9 +144,9 @@ impl SetId {
 /// How a key stands in its set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum KeyKind {
-    Single,
     /// The first value after an interval, in a set of plain intervals.
     IntervalEnd,
+    Single,
     /// First and last value of a concatenated interval, one after the other.
     Range,
 }
@@ -154,11 +154,14 @@ pub enum KeyKind {
 const KEY_BYTES_MAX: usize = 40;
 
 /// The key of an element.
+///
+/// Keys sort by their bytes, so that the end of an interval comes after its beginning and before the next one: the kernel
+/// takes a beginning that follows another one for an overlap.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
-    pub kind: KeyKind,
-    len: u8,
     bytes: [u8; KEY_BYTES_MAX],
+    len: u8,
+    pub kind: KeyKind,
 }
 
 impl Key {

@@ -12,6 +12,7 @@ pub mod cluster;
 pub mod ctl;
 pub mod folder;
 pub mod http;
+pub mod kube;
 pub mod peers;
 pub mod ports;
 pub mod process;

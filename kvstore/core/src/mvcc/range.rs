@@ -1,13 +1,235 @@
-//! Range.
+//! Range: every option of the contract (2.6.2), over the present and the past.
+//!
+//! The plain question, keys in order and perhaps a limit, is one scan that copies stored bytes into the framed answer; a
+//! single key is one `get` and one copy. Filters and other orders gather first, as etcd does. etcd's own quirks are kept:
+//! `count` ignores limit and filters; an order of NONE with a target other than KEY sorts only what the limit let
+//! through; `keys_only` answers lease 0, except when the target is VALUE (3.7's fast path).
+//!
+//! What it does not do: it checks no form (`check.rs`) and waits for no revision.
 
-use keelson_proto::etcdserverpb::RangeRequest;
+use std::cmp::Ordering;
 
+use bytes::{BufMut, Bytes, BytesMut};
+use keelson_proto::etcdserverpb::range_request::{SortOrder, SortTarget};
+use keelson_proto::etcdserverpb::{RangeRequest, RangeResponse, ResponseHeader};
+use prost::Message;
+use prost::encoding::{encode_varint, encoded_len_varint};
+
+use super::record::{self, Kv};
+use super::span::Span;
+use super::versions::{self, Version, Want};
 use super::{Bounds, Ranged, ReadError};
-use crate::backend::Read;
+use crate::backend::{Read, Table};
+use crate::{Error, Fatal};
+
+/// `repeated KeyValue kvs = 2`.
+const KVS_TAG: u8 = 0x12;
 
 /// One Range on what `read` holds; `bounds` are of the same moment. The request's own form is checked by
 /// [`super::check::validate_range`].
 pub fn range<R: Read>(read: &R, bounds: Bounds, request: &RangeRequest) -> Result<Ranged, ReadError> {
-    let _ = (read, bounds, request);
-    Ok(Ranged::default())
+    let at = readable(bounds, request.revision)?;
+    let span = Span::new(&request.key, &request.range_end);
+    let plan = Plan::new(request);
+    if let Span::Point(key) = span
+        && !plan.gathers
+    {
+        return Ok(point(read, bounds, at, key, request)?);
+    }
+    if request.count_only {
+        return Ok(Ranged { count: super::count::count(read, bounds, at, span)?, ..Ranged::default() });
+    }
+    if plan.gathers {
+        Ok(gather(read, bounds, at, span, request, &plan)?)
+    } else {
+        Ok(stream(read, bounds, at, span, request)?)
+    }
+}
+
+/// The revision to read at: the one asked for, or the current one.
+fn readable(bounds: Bounds, asked: i64) -> Result<i64, Error> {
+    if asked > bounds.revision {
+        return Err(Error::FutureRevision);
+    }
+    let at = if asked <= 0 { bounds.revision } else { asked };
+    if at < bounds.compacted {
+        return Err(Error::Compacted);
+    }
+    Ok(at)
+}
+
+/// How a request is served.
+struct Plan {
+    order: SortOrder,
+    target: SortTarget,
+    /// The keys must be gathered, decoded and perhaps sorted before they are framed.
+    gathers: bool,
+    /// The limit holds already for the scan.
+    scan_limited: bool,
+}
+
+impl Plan {
+    fn new(request: &RangeRequest) -> Plan {
+        let order = SortOrder::try_from(request.sort_order).unwrap_or_default();
+        let target = SortTarget::try_from(request.sort_target).unwrap_or_default();
+        let filtered = request.min_mod_revision != 0
+            || request.max_mod_revision != 0
+            || request.min_create_revision != 0
+            || request.max_create_revision != 0;
+        let by_key = target == SortTarget::Key && order != SortOrder::Descend;
+        Plan {
+            order: if order == SortOrder::None { SortOrder::Ascend } else { order },
+            target,
+            gathers: !request.count_only && (filtered || !by_key),
+            scan_limited: !filtered && (by_key || order == SortOrder::None),
+        }
+    }
+}
+
+fn limit_of(request: &RangeRequest) -> usize {
+    if request.limit <= 0 { usize::MAX } else { usize::try_from(request.limit).unwrap_or(usize::MAX) }
+}
+
+/// A single key: one `get`, and one copy if it is newest.
+fn point<R: Read>(read: &R, bounds: Bounds, at: i64, key: &[u8], request: &RangeRequest) -> Result<Ranged, Fatal> {
+    let Some(newest) = read.get(Table::Key, key)? else {
+        return Ok(Ranged::default());
+    };
+    let found = if at >= bounds.revision {
+        if record::newest(&newest)?.0 { None } else { Some(newest) }
+    } else {
+        match versions::version_at(read, bounds, at, &newest)? {
+            Version::Shown => Some(newest),
+            Version::Older(record) => Some(record),
+            Version::Absent => None,
+        }
+    };
+    let Some(record) = found else {
+        return Ok(Ranged::default());
+    };
+    if request.count_only {
+        return Ok(Ranged { count: 1, ..Ranged::default() });
+    }
+    let (_, kv) = record::newest(&record)?;
+    let mut out = BytesMut::with_capacity(kv.len() + 11);
+    frame(kv, request, &mut out)?;
+    Ok(Ranged { kvs: out.freeze(), len: 1, more: false, count: 1 })
+}
+
+/// Keys in order: stored bytes go straight into the answer until the limit, the rest is only counted.
+fn stream<R: Read>(read: &R, bounds: Bounds, at: i64, span: Span<'_>, request: &RangeRequest) -> Result<Ranged, Fatal> {
+    let limit = limit_of(request);
+    let mut out = BytesMut::new();
+    let mut count = 0;
+    let mut failed = None;
+    versions::each(read, bounds, at, span, Want::Bytes, &mut |kv| {
+        if count < limit
+            && let Err(error) = frame(kv, request, &mut out)
+        {
+            failed = Some(error);
+            return Want::Nothing;
+        }
+        count += 1;
+        if count < limit { Want::Bytes } else { Want::Existence }
+    })?;
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    let len = count.min(limit);
+    Ok(Ranged { kvs: out.freeze(), len, more: count > limit, count: count as i64 })
+}
+
+/// Filters and orders that are not the stored one: gather, filter, sort, cut.
+fn gather<R: Read>(
+    read: &R,
+    bounds: Bounds,
+    at: i64,
+    span: Span<'_>,
+    request: &RangeRequest,
+    plan: &Plan,
+) -> Result<Ranged, Fatal> {
+    let limit = limit_of(request);
+    // etcd fetches one more than the limit, to know whether there are more, and sorts that one too.
+    let fetch = if plan.scan_limited { limit.saturating_add(1) } else { usize::MAX };
+    let mut stored: Vec<Bytes> = Vec::new();
+    let mut count = 0;
+    versions::each(read, bounds, at, span, Want::Bytes, &mut |kv| {
+        if count < fetch {
+            stored.push(Bytes::copy_from_slice(kv));
+        }
+        count += 1;
+        if count < fetch { Want::Bytes } else { Want::Existence }
+    })?;
+    let mut kvs = stored.iter().map(|kv| Kv::decode(kv)).collect::<Result<Vec<_>, _>>()?;
+    kvs.retain(|kv| passes(kv, request));
+    sort(&mut kvs, plan);
+    let more = kvs.len() > limit;
+    kvs.truncate(limit);
+    let mut out = BytesMut::new();
+    for kv in &kvs {
+        put_framed(&shown(*kv, request), &mut out);
+    }
+    Ok(Ranged { kvs: out.freeze(), len: kvs.len(), more, count: count as i64 })
+}
+
+fn passes(kv: &Kv<'_>, request: &RangeRequest) -> bool {
+    let within = |n: i64, min: i64, max: i64| (min == 0 || n >= min) && (max == 0 || n <= max);
+    within(kv.mod_revision, request.min_mod_revision, request.max_mod_revision)
+        && within(kv.create_revision, request.min_create_revision, request.max_create_revision)
+}
+
+fn sort(kvs: &mut [Kv<'_>], plan: &Plan) {
+    let compare = |a: &Kv<'_>, b: &Kv<'_>| match plan.target {
+        SortTarget::Key => a.key.cmp(b.key),
+        SortTarget::Version => a.version.cmp(&b.version),
+        SortTarget::Create => a.create_revision.cmp(&b.create_revision),
+        SortTarget::Mod => a.mod_revision.cmp(&b.mod_revision),
+        SortTarget::Value => a.value.cmp(b.value),
+    };
+    let directed = |a: &Kv<'_>, b: &Kv<'_>| -> Ordering {
+        if plan.order == SortOrder::Descend { compare(b, a) } else { compare(a, b) }
+    };
+    kvs.sort_by(directed);
+}
+
+/// The pair as the request wants to see it.
+fn shown<'a>(mut kv: Kv<'a>, request: &RangeRequest) -> Kv<'a> {
+    if request.keys_only {
+        kv.value = &[];
+        if request.sort_target != SortTarget::Value as i32 {
+            kv.lease = 0;
+        }
+    }
+    kv
+}
+
+/// Appends stored `KeyValue` bytes to the answer.
+fn frame(kv: &[u8], request: &RangeRequest, out: &mut BytesMut) -> Result<(), Fatal> {
+    if request.keys_only {
+        put_framed(&shown(Kv::decode(kv)?, request), out);
+        return Ok(());
+    }
+    out.reserve(1 + encoded_len_varint(kv.len() as u64) + kv.len());
+    out.put_u8(KVS_TAG);
+    encode_varint(kv.len() as u64, out);
+    out.put_slice(kv);
+    Ok(())
+}
+
+fn put_framed(kv: &Kv<'_>, out: &mut BytesMut) {
+    out.put_u8(KVS_TAG);
+    encode_varint(kv.encoded_len() as u64, out);
+    kv.encode(out);
+}
+
+impl Ranged {
+    /// The whole answer as a message that shares the bytes; `revision` is the header's.
+    pub fn into_response(self, revision: i64) -> Result<RangeResponse, Fatal> {
+        let mut response = RangeResponse::decode(self.kvs)
+            .map_err(|_| Fatal::Damaged { table: "key", message: "a KeyValue does not decode".into() })?;
+        response.header = Some(ResponseHeader { revision, ..ResponseHeader::default() });
+        response.more = self.more;
+        response.count = self.count;
+        Ok(response)
+    }
 }

@@ -6,15 +6,18 @@
 
 use bytes::Bytes;
 use prost_011::Message as _;
-use raft::eraftpb::MessageType;
+use raft::eraftpb::{
+    ConfChange as RawConfChange, ConfChangeV2 as RawConfChangeV2, EntryType as RawEntryType, MessageType,
+};
+use raft::{RawNode, Storage};
 
 use super::{LogEntry, Position};
 use crate::Fatal;
 use crate::types::{Entry, EntryKind, Index, MemberId, Term};
 
 pub(super) use raft::eraftpb::{
-    ConfChange as RawConfChange, ConfChangeV2 as RawConfChangeV2, ConfState as RawConfState, Entry as RawEntry,
-    EntryType as RawEntryType, HardState as RawHardState, Message as RawMessage, Snapshot as RawSnapshot,
+    ConfState as RawConfState, Entry as RawEntry, HardState as RawHardState, Message as RawMessage,
+    Snapshot as RawSnapshot,
 };
 
 /// Kinds of messages, as far as a transport cares.
@@ -153,6 +156,26 @@ pub(super) fn snapshot(at: Position, conf_state: &RawConfState) -> RawSnapshot {
 pub(super) fn snapshot_position(message: &RawMessage) -> Option<Position> {
     let metadata = message.snapshot.as_ref()?.metadata.as_ref()?;
     Some(Position { index: metadata.index, term: metadata.term })
+}
+
+pub(super) fn snapshot_parts(snapshot: &RawSnapshot) -> (Position, RawConfState) {
+    let metadata = snapshot.get_metadata();
+    (Position { index: metadata.index, term: metadata.term }, metadata.get_conf_state().clone())
+}
+
+pub(super) fn is_conf_change(raw: &RawEntry) -> bool {
+    raw.entry_type() != RawEntryType::EntryNormal
+}
+
+/// Tells Raft that a committed change of membership is applied; returns what the configuration is now.
+pub(super) fn apply_conf_change<S: Storage>(node: &mut RawNode<S>, raw: &RawEntry) -> Result<RawConfState, Fatal> {
+    let data = raw.data.as_slice();
+    let undecodable = |error| damaged("change of membership", error);
+    match raw.entry_type() {
+        RawEntryType::EntryConfChange => node.apply_conf_change(&RawConfChange::decode(data).map_err(undecodable)?),
+        _ => node.apply_conf_change(&RawConfChangeV2::decode(data).map_err(undecodable)?),
+    }
+    .map_err(|error| Fatal::Invariant(format!("a committed change of membership: {error}")))
 }
 
 pub(super) fn stored(raw: &RawEntry) -> LogEntry {

@@ -15,7 +15,7 @@ use super::encode::{Encoded, EncodedEvent};
 use super::ranges::{Ranges, Span, WatcherKey};
 use crate::Fatal;
 use crate::backend::Read;
-use crate::mvcc::{Bounds, EventKind, history};
+use crate::mvcc::{Bounds, EventKind, RevisionEvents, history};
 
 /// What one watcher wants to see.
 #[derive(Clone, Debug)]
@@ -68,8 +68,29 @@ pub(super) struct Want {
 }
 
 impl CatchUp {
+    /// The revisions that the slice is about: from the first, up to the hub's at the time.
+    pub fn revisions(&self) -> std::ops::RangeInclusive<i64> {
+        self.from..=self.to
+    }
+
+    /// How many watchers share it.
+    pub fn watchers(&self) -> usize {
+        self.wants.len()
+    }
+
     /// Reads the slice. `read` and `bounds` are of one moment, published no earlier than the hub's revision.
     pub fn read<R: Read>(&mut self, read: &R, bounds: Bounds) -> Result<(), Fatal> {
+        self.read_with(bounds, |from, to, max_rows, wanted, want_prev| {
+            history::events(read, bounds, from, to, max_rows, wanted, want_prev)
+        })
+    }
+
+    /// The same, with another source of history: like [`history::events`], it is given the first and last revision, the
+    /// bound in rows, who wants a key and whether previous values matter, and says from where to go on.
+    pub fn read_with<H>(&mut self, bounds: Bounds, history: H) -> Result<(), Fatal>
+    where
+        H: FnOnce(i64, i64, usize, &dyn Fn(&[u8]) -> bool, bool) -> Result<(Vec<RevisionEvents>, i64), Fatal>,
+    {
         let mut index = Ranges::default();
         for (at, want) in self.wants.iter().enumerate() {
             index.insert(&want.interest.span, at as WatcherKey);
@@ -94,7 +115,7 @@ impl CatchUp {
             !found.is_empty()
         };
         let want_prev = self.wants.iter().any(|want| want.interest.prev_kv);
-        let (revisions, next) = history::events(read, bounds, from, to, self.max_rows, &wanted, want_prev)?;
+        let (revisions, next) = history(from, to, self.max_rows, &wanted, want_prev)?;
         self.next = next;
         for revision in revisions {
             self.sort_out(&index, &Encoded::new(revision));

@@ -251,3 +251,83 @@ fn priority(start: &Bytes, end: &End) -> u64 {
     hash = hash.wrapping_mul(0xff51_afd7_ed55_8ccd);
     hash ^ (hash >> 33)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use proptest::test_runner::RngSeed;
+
+    use super::*;
+
+    fn depth(tree: &Tree, link: Link) -> usize {
+        link.map_or(0, |at| 1 + depth(tree, tree.nodes[at].left).max(depth(tree, tree.nodes[at].right)))
+    }
+
+    fn prefix(text: String) -> Span {
+        let mut end = text.clone().into_bytes();
+        *end.last_mut().unwrap() += 1;
+        Span::Range(Bytes::from(text), End::Before(Bytes::from(end)))
+    }
+
+    /// Ten thousand watchers must not mean ten thousand comparisons an event.
+    #[test]
+    fn ten_thousand_prefixes_in_order_make_a_shallow_tree() {
+        let mut ranges = Ranges::default();
+        for n in 0..10_000_u64 {
+            ranges.insert(&prefix(format!("/registry/pods/ns-{n:05}/")), n);
+        }
+        assert!(depth(&ranges.tree, ranges.tree.root) < 45, "{}", depth(&ranges.tree, ranges.tree.root));
+        let mut found = Vec::new();
+        ranges.find(b"/registry/pods/ns-04711/web", &mut found);
+        assert_eq!(found, [4711]);
+        for n in 0..10_000_u64 {
+            ranges.remove(&prefix(format!("/registry/pods/ns-{n:05}/")), n);
+        }
+        assert!(ranges.is_empty());
+    }
+
+    fn span() -> impl Strategy<Value = Span> {
+        let key = prop::collection::vec(0..4_u8, 0..3).prop_map(Bytes::from);
+        (key.clone(), key, 0..3_u8).prop_map(|(a, b, kind)| match kind {
+            0 => Span::Key(a),
+            1 => Span::Range(a, End::Never),
+            _ => Span::Range(a.clone().min(b.clone()), End::Before(a.max(b))),
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            rng_seed: RngSeed::Fixed(7),
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
+
+        #[test]
+        fn finds_what_a_list_would(steps in prop::collection::vec((span(), any::<bool>()), 1..120)) {
+            let mut ranges = Ranges::default();
+            let mut list: Vec<(Span, WatcherKey)> = Vec::new();
+            for (at, (span, add)) in steps.into_iter().enumerate() {
+                if add || list.is_empty() {
+                    ranges.insert(&span, at as WatcherKey);
+                    list.push((span, at as WatcherKey));
+                } else {
+                    let (span, watcher) = list.swap_remove(at % list.len());
+                    ranges.remove(&span, watcher);
+                }
+                for key in [&b""[..], b"\0", b"\x01", b"\x01\x02", b"\x02", b"\x03\x03"] {
+                    let mut found = Vec::new();
+                    ranges.find(key, &mut found);
+                    found.sort_unstable();
+                    let mut expected: Vec<WatcherKey> =
+                        list.iter().filter(|(span, _)| span.contains(key)).map(|(_, watcher)| *watcher).collect();
+                    expected.sort_unstable();
+                    prop_assert_eq!(found, expected);
+                }
+            }
+            for (span, watcher) in list {
+                ranges.remove(&span, watcher);
+            }
+            prop_assert!(ranges.is_empty());
+        }
+    }
+}

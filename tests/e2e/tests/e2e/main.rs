@@ -20,8 +20,13 @@ macro_rules! on_both {
     };
 }
 
+mod command_line;
+mod crash;
+mod endpoints;
 mod errors;
+mod kube;
 mod kv;
 mod lease;
+mod three;
 mod transcript;
 mod watch;

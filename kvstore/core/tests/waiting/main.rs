@@ -1,0 +1,9 @@
+//! Those who wait: golden stories for `Pending`, for the leader's lease clock and for keep-alives that can't be answered at once.
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
+#![allow(clippy::disallowed_methods, reason = "a test reads its stories from files")]
+
+mod expiry;
+mod pending;
+#[path = "../story/mod.rs"]
+#[allow(dead_code, reason = "each test binary uses its part of it")]
+mod story;
