@@ -1,5 +1,7 @@
 //! Keelson's store: the shell around [`kvstore_core`], and two thin binaries.
 
+pub mod cli;
+pub mod config;
 pub mod disk;
 mod driver;
 pub mod inbox;
