@@ -36,7 +36,7 @@ pub mod watch;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Instant;
 
 use proxy_core::dataplane::{
@@ -49,7 +49,7 @@ use self::diff::{Delta, Picture, Retired, Wants};
 use self::kernel::{Kernel, KernelError, Receipt};
 use self::listing::ListedFrontend;
 use self::netlink::Netlink;
-use self::object::{Data, Op, SetId, key};
+use self::object::{Data, Key, Op, SetId, key};
 use self::render::{Pairs, Port, Rendered, Steps, Unserved};
 use self::skeleton::Shape;
 use crate::conntrack::Stale;
@@ -413,7 +413,7 @@ impl Table {
 
     /// Forgets the ports that are not among `reached`; their elements go as nobody's.
     fn forget_ports_except(&mut self, reached: &[(ServicePortId, Reached)], stale: &mut Stale) {
-        let kept: std::collections::HashSet<_> = reached.iter().map(|(id, _)| id).collect();
+        let kept: HashSet<_> = reached.iter().map(|(id, _)| id).collect();
         let pairs = &mut self.pairs;
         self.ports.retain(|id, port| {
             let keep = kept.contains(id);
@@ -475,22 +475,13 @@ impl Table {
 
     /// Enters the elements of a port; says whether any differs from what the kernel holds.
     fn want_port(&self, port: &mut Port, rendered: Rendered, wants: &mut Wants) -> bool {
-        let keys: BTreeSet<_> = rendered.iter().map(|(set, key, _)| (*set, *key)).collect();
-        // A set that only shrinks keeps index 0, where a packet lands that was overtaken; one that goes has to stay a while.
-        let kept: BTreeSet<_> = keys.iter().filter_map(|(set, key)| Some((*set, key.id_at(0)?.serial()))).collect();
         let mut changed = false;
-        for (set, key) in std::mem::take(&mut port.keys) {
-            if !keys.contains(&(set, key)) {
-                changed = true;
-                let indexed = matches!(set, SetId::Endpoints | SetId::Picks | SetId::Slots);
-                let shrinks = indexed
-                    && key.id_at(0).is_some_and(|id| match set {
-                        SetId::Slots => kept.iter().any(|(set, serial)| *set == SetId::Slots && *serial == id.serial()),
-                        _ => kept.contains(&(set, id.serial())),
-                    });
-                wants.drop(set, key, set.is_behind() && !shrinks);
-            }
+        let old = std::mem::take(&mut port.keys);
+        if !old.iter().copied().eq(rendered.iter().map(|(set, key, _)| (*set, *key))) {
+            changed = true;
+            drop_old(&old, &rendered, wants);
         }
+        port.keys.reserve(rendered.len());
         for (set, key, data) in rendered {
             changed |= self.picture.get(set, &key) != Some(&data);
             port.keys.push((set, key));
@@ -510,9 +501,7 @@ impl Table {
             for address in desired.hairpin.iter().filter(own) {
                 wants.hold(SetId::Hairpin, hairpin(*address), Data::None);
             }
-            for (set, key, data) in render::node_elements(self.family, &desired.node) {
-                wants.hold(set, key, data);
-            }
+            self.want_node(&desired.node, wants);
             wants.drop_others(&self.picture, &self.retired);
             return;
         };
@@ -526,12 +515,37 @@ impl Table {
             follow(SetId::Hairpin, hairpin(*address), desired.hairpin.contains(address));
         }
         if changes.node {
-            for (set, key, data) in render::node_elements(self.family, &desired.node) {
-                wants.hold(set, key, data);
+            self.want_node(&desired.node, wants);
+        }
+    }
+
+    /// The elements that follow the node. Intervals are replaced all together: an edge alone means nothing to the kernel.
+    fn want_node(&self, node: &NodePlan, wants: &mut Wants) {
+        let elements = render::node_elements(self.family, node);
+        for set in [SetId::ServiceCidrs, SetId::PodCidrs, SetId::NodePortIps] {
+            let wanted: BTreeSet<Key> =
+                elements.iter().filter(|element| element.0 == set).map(|(_, key, _)| *key).collect();
+            let held: BTreeSet<Key> = self.picture.set(set).map(|(key, _)| *key).collect();
+            let renew = set != SetId::NodePortIps && wanted != held;
+            held.difference(&wanted).for_each(|key| wants.drop(set, *key, false));
+            for key in wanted {
+                if renew { wants.renew(set, key, Data::None) } else { wants.hold(set, key, Data::None) }
             }
-            for set in [SetId::ServiceCidrs, SetId::PodCidrs, SetId::NodePortIps] {
-                self.picture.set(set).for_each(|(key, _)| wants.drop(set, *key, false));
-            }
+        }
+    }
+}
+
+/// Drops the keys that a port had and has no more.
+fn drop_old(old: &[(SetId, Key)], rendered: &Rendered, wants: &mut Wants) {
+    let keys: BTreeSet<_> = rendered.iter().map(|(set, key, _)| (*set, *key)).collect();
+    let serial = |set: SetId, key: &Key| Some((set, key.id_at(0)?.serial()));
+    let kept: BTreeSet<_> = keys.iter().filter_map(|(set, key)| serial(*set, key)).collect();
+    for (set, key) in old {
+        if !keys.contains(&(*set, *key)) {
+            // A set that only shrinks keeps index 0, where a packet lands that was overtaken; one that goes stays a while.
+            let indexed = matches!(set, SetId::Endpoints | SetId::Picks | SetId::Slots);
+            let shrinks = indexed && serial(*set, key).is_some_and(|serial| kept.contains(&serial));
+            wants.drop(*set, *key, set.is_behind() && !shrinks);
         }
     }
 }

@@ -152,7 +152,7 @@ fn expected_chains(family: Family, shape: &Shape, steps: &[(StepChain, u16)]) ->
 
 fn last_pair(picture: &Picture) -> u32 {
     let ids = picture.iter().flat_map(|(set, key, data)| {
-        let of_key = set.is_behind().then(|| key.id_at(0)).flatten().filter(|_| set != SetId::SourceRanges);
+        let of_key = set.is_behind().then(|| key.id_at(0)).flatten();
         let of_data = if let Data::Id(id) = data { Some(*id) } else { None };
         [of_key, of_data]
     });

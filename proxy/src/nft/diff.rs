@@ -52,6 +52,8 @@ impl Picture {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Want {
     Hold(Data),
+    /// Deleted, if it is there, and added again, for what depends on it within its set.
+    Renew(Data),
     Drop,
     /// Drop it once no packet can be on its way to it.
     DropLater,
@@ -64,6 +66,10 @@ pub struct Wants(BTreeMap<(SetId, Key), Want>);
 impl Wants {
     pub fn hold(&mut self, set: SetId, key: Key, data: Data) {
         self.0.insert((set, key), Want::Hold(data));
+    }
+
+    pub fn renew(&mut self, set: SetId, key: Key, data: Data) {
+        self.0.insert((set, key), Want::Renew(data));
     }
 
     /// A key that moves from one Service to another is dropped by the one and held by the other, in any order.
@@ -86,7 +92,7 @@ impl Wants {
         for ((set, key), want) in self.0 {
             match (picture.get(set, &key), want) {
                 (Some(held), Want::Hold(data)) if *held == data => delta.kept.push((set, key)),
-                (held, Want::Hold(data)) => {
+                (held, Want::Hold(data) | Want::Renew(data)) => {
                     if held.is_some() {
                         delta.change(set).deleted.push(key);
                     }

@@ -133,11 +133,10 @@ impl SetId {
     }
 
     /// Reached by the second or a later lookup of a packet, whose first may have seen an older generation.
+    ///
+    /// The source ranges of a guard are too, but none can stay behind: it would overlap those that come after it.
     pub fn is_behind(self) -> bool {
-        matches!(
-            self,
-            SetId::ClusterSide | SetId::Outside | SetId::Endpoints | SetId::Picks | SetId::Slots | SetId::SourceRanges
-        )
+        matches!(self, SetId::ClusterSide | SetId::Outside | SetId::Endpoints | SetId::Picks | SetId::Slots)
     }
 }
 
