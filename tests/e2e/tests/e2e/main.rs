@@ -28,5 +28,6 @@ mod kube;
 mod kv;
 mod lease;
 mod three;
+mod tidy;
 mod transcript;
 mod watch;
