@@ -1,0 +1,7 @@
+//! `keelson-proxy`: see the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    proxy::run(std::env::args_os())
+}
