@@ -138,10 +138,7 @@ impl Lease for LeaseService {
         self.time_to_live(request.into_inner()).await.map(Response::new).map_err(|error| status(&error))
     }
 
-    async fn lease_leases(
-        &self,
-        _: Request<LeaseLeasesRequest>,
-    ) -> Result<Response<LeaseLeasesResponse>, Status> {
+    async fn lease_leases(&self, _: Request<LeaseLeasesRequest>) -> Result<Response<LeaseLeasesResponse>, Status> {
         let published = self.inbox.published();
         let all = lease::all(&published.view).map_err(|fatal| {
             tracing::error!(%fatal, "the lease table can't be read");
@@ -186,10 +183,9 @@ async fn keep_alive(
 /// Whoever could not reach a leader's clock in time is told that there is none (contract 2.8).
 fn keep_alive_error(error: Error) -> Error {
     match error {
-        Error::NotLeader
-        | Error::Timeout
-        | Error::TimeoutDueToLeaderFail
-        | Error::TimeoutDueToConnectionLost => Error::NoLeader,
+        Error::NotLeader | Error::Timeout | Error::TimeoutDueToLeaderFail | Error::TimeoutDueToConnectionLost => {
+            Error::NoLeader
+        }
         error => error,
     }
 }

@@ -33,9 +33,9 @@ use tonic::server::{Grpc, NamedService, StreamingService};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::leader::{LeaderGuard, LeaderMonitor};
+use crate::Inbox;
 use crate::inbox::WatchStream;
 use crate::rpc::{header, status};
-use crate::Inbox;
 
 /// Frames taken from the session under one lock.
 const TAKE: usize = 32;
@@ -223,7 +223,9 @@ impl WatchLoop {
         };
         match union {
             Some(RequestUnion::CreateRequest(create)) => self.with_hub(|hub, stream| hub.create(stream, &create)),
-            Some(RequestUnion::CancelRequest(cancel)) => self.with_hub(|hub, stream| hub.cancel(stream, cancel.watch_id)),
+            Some(RequestUnion::CancelRequest(cancel)) => {
+                self.with_hub(|hub, stream| hub.cancel(stream, cancel.watch_id))
+            }
             Some(RequestUnion::ProgressRequest(_)) => self.with_hub(|hub, stream| hub.request_progress(stream)),
             // A request this server does not know is no reason to end the other watches.
             None => {}
