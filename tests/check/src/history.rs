@@ -66,15 +66,14 @@ pub enum Ended {
 impl Operation {
     /// Whether it may have changed something.
     pub fn writes(&self) -> bool {
-        match (&self.action, &self.ended) {
-            (Action::Get, _) | (_, Ended::Refused) => false,
-            (_, Ended::Answered { answer: Answer::NotSwapped(_) | Answer::Deleted { count: 0 }, .. }) => false,
-            _ => true,
-        }
+        self.action != Action::Get
+            && self.ended != Ended::Refused
+            && !matches!(
+                self.ended,
+                Ended::Answered { answer: Answer::NotSwapped(_) | Answer::Deleted { count: 0 }, .. }
+            )
     }
-}
 
-impl Operation {
     /// Where a write that happened stands.
     pub fn write_revision(&self) -> Option<i64> {
         match self.ended {

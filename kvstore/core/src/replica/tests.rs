@@ -1,5 +1,7 @@
 //! Replicas on a desk: every write, message and apply is moved by hand, so that a schedule can be laid out exactly.
 
+mod script;
+
 use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
