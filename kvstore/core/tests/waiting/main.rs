@@ -1,5 +1,9 @@
 //! Those who wait: golden stories for `Pending`, for the leader's lease clock and for keep-alives that can't be answered at once.
-#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "in a test a panic is the report, and a story says which one it is")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "in a test a panic is the report, and a story says which one it is"
+)]
 #![allow(clippy::disallowed_methods, reason = "a test reads its stories from files")]
 
 mod expiry;

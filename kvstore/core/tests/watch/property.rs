@@ -1,6 +1,7 @@
 //! Random schedules against a naive model: whatever is published, created, canceled, taken slowly, compacted or installed in
 //! whatever order, each watcher sees exactly the events of its range from its start on, in order, whole revisions at a time, no
-//! gap, no duplicate; and progress never claims what was not delivered.
+//! gap, no duplicate; and progress never claims what was not delivered. Beside the hub stands the real store on the memory
+//! backend: what it says of each revision is held against the model, and watchers catch up from its history.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -8,13 +9,14 @@ use std::ops::Range;
 use bytes::Bytes;
 use keelson_proto::etcdserverpb::WatchCreateRequest;
 use keelson_proto::mvccpb;
-use kvstore_core::mvcc::EventKind;
+use kvstore_core::mvcc::{EventKind, RevisionEvents};
 use kvstore_core::watch::{CatchUp, Frame, StreamId, WatchHub, WatchLimits};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use prost::Message;
 
 use crate::history::{Change, History};
+use crate::real::RealStore;
 
 const STREAMS: u64 = 3;
 const KEYS: u8 = 6;
@@ -107,6 +109,9 @@ struct Client {
 struct World {
     hub: WatchHub,
     history: History,
+    store: RealStore,
+    /// Applied, not yet published.
+    unpublished: Vec<RevisionEvents>,
     clients: Vec<Client>,
     slices: Vec<(CatchUp, bool)>,
 }
@@ -115,15 +120,21 @@ impl World {
     fn new(limits: WatchLimits) -> World {
         let mut hub = WatchHub::new(limits, 1, -1);
         let clients = (0..STREAMS).map(|_| Client { stream: Some(hub.open()), ..Client::default() }).collect();
-        World { hub, history: History::default(), clients, slices: Vec::new() }
+        World {
+            hub,
+            history: History::default(),
+            store: RealStore::default(),
+            unpublished: Vec::new(),
+            clients,
+            slices: Vec::new(),
+        }
     }
 
     fn play(&mut self, op: Op) {
         match op {
             Op::Apply(changes) => self.apply(changes),
             Op::Publish => {
-                let after = self.hub.revision();
-                let new = self.history.revisions.iter().filter(|changes| changes.revision > after).cloned().collect();
+                let new = std::mem::take(&mut self.unpublished);
                 self.hub.publish(self.history.revision, new);
             }
             Op::Create { stream, keys, single, back, options } => self.create(stream, keys, single, back, options),
@@ -135,11 +146,8 @@ impl World {
             Op::Take { stream, max } => self.take(stream, max),
             Op::Slice => self.slices.extend(self.hub.next_catch_up().map(|slice| (slice, false))),
             Op::Read => {
-                let history = &self.history;
                 for (slice, read) in self.slices.iter_mut().filter(|(_, read)| !*read) {
-                    slice
-                        .read_with(history.bounds(), |from, to, rows, wanted, _| history.read(from, to, rows, wanted))
-                        .unwrap();
+                    slice.read(&self.store.view(), self.store.bounds()).unwrap();
                     *read = true;
                 }
             }
@@ -153,10 +161,12 @@ impl World {
                 let revision = self.hub.revision() - back;
                 if revision > self.history.compacted.max(0) {
                     self.history.compacted = revision;
-                    self.hub.compacted(revision);
+                    let compacted = self.store.compact(revision);
+                    self.hub.compacted(compacted);
                 }
             }
             Op::Install => {
+                self.unpublished.clear();
                 self.hub.installed(self.history.revision, self.history.compacted);
             }
             Op::Progress { stream } => {
@@ -194,7 +204,11 @@ impl World {
                 distinct.push(if put { Change::Put(key, format!("v{revision}")) } else { Change::Delete(key) });
             }
         }
+        let before = self.history.revisions.len();
         self.history.apply(&distinct);
+        let events = self.store.apply(&distinct);
+        assert_eq!(events, self.history.revisions[before..], "the store and the model differ");
+        self.unpublished.extend(events);
     }
 
     fn create(&mut self, stream: u64, keys: Range<u8>, single: bool, back: i64, options: u8) {
