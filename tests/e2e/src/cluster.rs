@@ -1,5 +1,6 @@
 //! One or three members of a store, ours or etcd, started the same way.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -35,7 +36,8 @@ pub struct Member {
     pub data_dir: PathBuf,
     program: PathBuf,
     arguments: Vec<String>,
-    pinned_to: Option<usize>,
+    /// What the program is started by: nothing, or a program that becomes it.
+    wrapper: Vec<String>,
     process: Option<Process>,
 }
 
@@ -79,7 +81,7 @@ impl Cluster {
                     data_dir: folder.path().join(format!("{name}.data")),
                     program: program.clone(),
                     arguments: Vec::new(),
-                    pinned_to: None,
+                    wrapper: Vec::new(),
                     process: None,
                 };
                 member.arguments = member.flags(&founders.join(","), extra);
@@ -133,20 +135,20 @@ impl Member {
 
     /// Runs on one core only from its next start on.
     pub fn pin(&mut self, core: usize) {
-        self.pinned_to = Some(core);
+        self.wrapper = vec!["taskset".to_owned(), "-c".to_owned(), core.to_string()];
+    }
+
+    /// Runs in a network namespace from its next start on: its loopback is that one's.
+    pub fn move_into(&mut self, space: &str) {
+        self.wrapper = ["ip", "netns", "exec", space].map(str::to_owned).to_vec();
     }
 
     /// Starts the process, with the same arguments each time.
     pub fn spawn(&mut self) {
         assert!(self.process.is_none(), "{} runs already", self.name);
-        let mut command = match self.pinned_to {
-            Some(core) => {
-                let mut command = Command::new("taskset");
-                command.arg("-c").arg(core.to_string()).arg(&self.program);
-                command
-            }
-            None => Command::new(&self.program),
-        };
+        let mut words = self.wrapper.iter().map(OsStr::new).chain([self.program.as_os_str()]);
+        let mut command = Command::new(words.next().expect("the program at least"));
+        command.args(words);
         command.args(&self.arguments);
         self.process = Some(Process::start(&self.name, &mut command));
     }

@@ -13,6 +13,7 @@ pub mod ctl;
 pub mod folder;
 pub mod http;
 pub mod kube;
+pub mod net;
 pub mod peers;
 pub mod ports;
 pub mod process;
@@ -22,6 +23,7 @@ pub mod watcher;
 pub use cluster::{Cluster, Kind, Member};
 pub use ctl::Ctl;
 pub use folder::Folder;
+pub use net::Net;
 pub use process::Process;
 pub use watcher::Watcher;
 

@@ -27,6 +27,7 @@ mod errors;
 mod kube;
 mod kv;
 mod lease;
+mod proxy;
 mod three;
 mod tidy;
 mod transcript;
