@@ -1,0 +1,284 @@
+//! The client edge: one port that speaks gRPC and HTTP/1, on one runtime for good.
+//!
+//! A connection is handed to an [`Rpc`] and stays there. Its requests are dispatched by path: the few unary RPCs that
+//! carry the load go to a thin handler (`unary`), which frames, decodes, calls and answers from stored bytes; every other
+//! RPC, and any request with something unusual about it, goes to tonic's routes, which serve all of them; what is not
+//! gRPC goes to `http`. Thin handler and routes call the same functions.
+//!
+//! The files below do not import each other, but for the service's own functions: `unary` calls `kv`.
+
+pub(crate) mod cluster;
+pub(crate) mod encoded;
+pub(crate) mod health;
+pub(crate) mod kv;
+mod leader;
+mod lease;
+pub(crate) mod maintenance;
+pub mod status;
+mod unary;
+mod watch;
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http_body::Frame;
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use keelson_proto::etcdserverpb::ResponseHeader;
+use keelson_proto::etcdserverpb::cluster_server::ClusterServer;
+use keelson_proto::etcdserverpb::kv_server::KvServer;
+use keelson_proto::etcdserverpb::lease_server::LeaseServer;
+use keelson_proto::etcdserverpb::maintenance_server::MaintenanceServer;
+use keelson_proto::grpc_health_v1::health_server::HealthServer;
+use kvstore_core::Error;
+use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use tonic::service::Routes;
+use tower_service::Service as _;
+
+pub(crate) use status::status;
+
+use leader::LeaderMonitor;
+use lease::{LeaseConfig, LeaseService};
+use watch::{WatchConfig, WatchService};
+
+use crate::http as web;
+use crate::inbox::Inbox;
+use crate::metrics::Metrics;
+
+/// How much a gRPC message may exceed `max_request_bytes`, as in etcd: room for what surrounds the request.
+const GRPC_OVERHEAD_BYTES: usize = 512 * 1024;
+/// Flow control: a put of the largest size fits into a connection's window.
+const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
+const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
+/// etcd's `--grpc-keepalive-interval` and `-timeout`.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2 * 3600);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Bounds of the edge.
+#[derive(Clone, Copy, Debug)]
+pub struct RpcLimits {
+    pub max_request_bytes: usize,
+    pub max_txn_ops: usize,
+    pub heartbeat_interval_ms: u64,
+    pub election_timeout_ms: u64,
+    pub watch_progress_notify_interval: Duration,
+}
+
+/// What every service of one runtime shares.
+pub(crate) struct Context {
+    pub(crate) inbox: Inbox,
+    pub(crate) limits: RpcLimits,
+    pub(crate) metrics: Arc<Metrics>,
+}
+
+impl Context {
+    /// The largest gRPC message that is read at all.
+    pub(crate) fn max_message_bytes(&self) -> usize {
+        self.limits.max_request_bytes + GRPC_OVERHEAD_BYTES
+    }
+}
+
+/// The edge of one runtime. Cheap to clone; not to be sent to another runtime.
+#[derive(Clone)]
+pub struct Rpc {
+    context: Arc<Context>,
+    routes: Rc<Routes>,
+}
+
+impl Rpc {
+    /// `inbox` must answer on the runtime where this lives. Cancelling `shutdown` ends the streams, which would not end by
+    /// themselves.
+    pub fn new(inbox: Inbox, limits: RpcLimits, metrics: Arc<Metrics>, shutdown: &CancellationToken) -> Rpc {
+        let election_timeout = Duration::from_millis(limits.election_timeout_ms);
+        let monitor = LeaderMonitor::start(inbox.clone(), election_timeout);
+        let watch = WatchConfig {
+            progress_notify_interval: limits.watch_progress_notify_interval,
+            max_request_bytes: limits.max_request_bytes,
+        };
+        let watch = WatchService::new(inbox.clone(), monitor.clone(), watch, shutdown.clone());
+        let lease = LeaseConfig::new(limits.heartbeat_interval_ms, limits.election_timeout_ms);
+        let lease = LeaseService::new(inbox.clone(), monitor, lease, shutdown.clone());
+        let context = Arc::new(Context { inbox, limits, metrics });
+        let max = context.max_message_bytes();
+        let routes = Routes::new(KvServer::new(kv::KvService(Arc::clone(&context))).max_decoding_message_size(max))
+            .add_service(watch)
+            .add_service(LeaseServer::new(lease))
+            .add_service(ClusterServer::new(cluster::ClusterService(Arc::clone(&context))))
+            .add_service(MaintenanceServer::new(maintenance::MaintenanceService(Arc::clone(&context))))
+            .add_service(HealthServer::new(health::HealthService))
+            .prepare();
+        Rpc { context, routes: Rc::new(routes) }
+    }
+
+    /// Serves a connection until the peer closes it, or, once `shutdown` is cancelled, until its requests are done. Must
+    /// run inside a `LocalSet` or a local runtime.
+    pub async fn serve_connection(self, stream: TcpStream, shutdown: CancellationToken) {
+        let _ = stream.set_nodelay(true);
+        let mut builder = auto::Builder::new(LocalExec);
+        builder
+            .http2()
+            .timer(TokioTimer::new())
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .max_concurrent_streams(None)
+            .keep_alive_interval(Some(KEEPALIVE_INTERVAL))
+            .keep_alive_timeout(KEEPALIVE_TIMEOUT);
+        builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(300));
+        let connection = builder.serve_connection(TokioIo::new(stream), self);
+        tokio::pin!(connection);
+        tokio::select! {
+            result = connection.as_mut() => if let Err(error) = result {
+                tracing::debug!(%error, "client connection ended");
+            },
+            () = shutdown.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                let _ = connection.await;
+            }
+        }
+    }
+
+    async fn dispatch(self, request: Request<Incoming>) -> Response<Body> {
+        if !is_grpc(&request) {
+            return web::client(&self.context, &request).await.map(Body::Full);
+        }
+        self.context.metrics.started.add();
+        if requires_leader(request.headers()) && self.context.inbox.raft().leader.is_none() {
+            return refused(&status(&Error::NoLeader));
+        }
+        let unusual = request.headers().contains_key("grpc-encoding");
+        match unary::Method::of(request.uri().path()).filter(|_| !unusual && request.method() == Method::POST) {
+            Some(method) => unary::serve(&self.context, method, request.into_body()).await,
+            None => self.route(request).await,
+        }
+    }
+
+    /// tonic's routes, which serve everything.
+    async fn route(&self, request: Request<Incoming>) -> Response<Body> {
+        let mut routes = Routes::clone(&self.routes);
+        match routes.call(request.map(tonic::body::Body::new)).await {
+            Ok(response) => response.map(Body::Tonic),
+            Err(never) => match never {},
+        }
+    }
+}
+
+impl hyper::service::Service<Request<Incoming>> for Rpc {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>>>>;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        let rpc = self.clone();
+        Box::pin(async move { Ok(rpc.dispatch(request).await) })
+    }
+}
+
+/// The header of an answer at `revision`.
+pub(crate) fn header(inbox: &Inbox, revision: i64) -> ResponseHeader {
+    let identity = inbox.identity();
+    ResponseHeader {
+        cluster_id: identity.cluster_id.0,
+        member_id: identity.member_id.0,
+        revision,
+        raft_term: inbox.raft().term,
+    }
+}
+
+/// Fills what the store leaves open in a header: everything but the revision.
+pub(crate) fn complete(inbox: &Inbox, slot: &mut Option<ResponseHeader>) {
+    *slot = Some(header(inbox, slot.as_ref().map_or(0, |h| h.revision)));
+}
+
+/// The store answered a question that was not asked.
+pub(crate) fn unexpected() -> Status {
+    tracing::error!("the store's outcome does not fit the request");
+    Status::internal("keelson: the outcome does not fit the request")
+}
+
+fn is_grpc(request: &Request<Incoming>) -> bool {
+    request.version() == http::Version::HTTP_2
+        && request
+            .headers()
+            .get(http::header::CONTENT_TYPE)
+            .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+}
+
+/// Metadata by which a client refuses to be served by a member without a leader.
+pub(crate) fn requires_leader(metadata: &HeaderMap) -> bool {
+    metadata.get("hasleader").is_some_and(|value| value.as_bytes() == b"true")
+}
+
+/// A response that is nothing but a status.
+fn refused(status: &Status) -> Response<Body> {
+    let mut response = Response::new(Body::Unary { message: None, trailers: None });
+    *response.status_mut() = StatusCode::OK;
+    response.headers_mut().insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/grpc"));
+    if status.add_header(response.headers_mut()).is_err() {
+        tracing::error!(%status, "a status can't be sent");
+    }
+    response
+}
+
+/// A response's body: one message with its trailers, a page, or whatever tonic made.
+pub enum Body {
+    Unary { message: Option<Bytes>, trailers: Option<HeaderMap> },
+    Full(Bytes),
+    Tonic(tonic::body::Body),
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        match self.get_mut() {
+            Body::Unary { message, trailers } => {
+                Poll::Ready(message.take().map(Frame::data).or_else(|| trailers.take().map(Frame::trailers)).map(Ok))
+            }
+            Body::Full(page) if page.is_empty() => Poll::Ready(None),
+            Body::Full(page) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(page))))),
+            Body::Tonic(body) => Poll::Ready(ready!(Pin::new(body).poll_frame(cx))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Body::Unary { message, trailers } => message.is_none() && trailers.is_none(),
+            Body::Full(page) => page.is_empty(),
+            Body::Tonic(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        match self {
+            // Trailers follow: a length would end the body with the data.
+            Body::Unary { .. } => http_body::SizeHint::default(),
+            Body::Full(page) => http_body::SizeHint::with_exact(page.len() as u64),
+            Body::Tonic(body) => body.size_hint(),
+        }
+    }
+}
+
+/// Runs what a connection spawns on the connection's own runtime.
+#[derive(Clone, Copy)]
+struct LocalExec;
+
+impl<F> hyper::rt::Executor<F> for LocalExec
+where
+    F: Future + 'static,
+    F::Output: 'static,
+{
+    fn execute(&self, future: F) {
+        tokio::task::spawn_local(future);
+    }
+}

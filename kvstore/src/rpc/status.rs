@@ -1,0 +1,106 @@
+//! The one place where an [`Error`] becomes a gRPC status: code and exact text, as etcd sends them (contract 2.3).
+//!
+//! The match is exhaustive, so that a new error can't be forgotten and fall through to `Unknown`. The two rows that etcd
+//! itself sends as `Unknown` say so.
+
+use kvstore_core::Error;
+use kvstore_core::mvcc::ReadError;
+use tonic::{Code, Status};
+
+/// The gRPC code of an answer that is an error.
+pub fn code(error: &Error) -> Code {
+    use Error::*;
+    match error {
+        EmptyKey
+        | KeyNotFound
+        | ValueProvided
+        | LeaseProvided
+        | TooManyOps
+        | DuplicateKey
+        | InvalidClientApiVersion
+        | InvalidSortOption
+        | MemberBadUrls
+        | RequestTooLarge
+        | UserEmpty
+        | RoleEmpty
+        | AuthFailed
+        | PermissionNotGiven
+        | InvalidAuthManagement
+        | AuthOldRevision
+        | WrongDowngradeVersionFormat
+        | InvalidDowngradeTargetVersion => Code::InvalidArgument,
+        Compacted | FutureRevision | LeaseTtlTooLarge => Code::OutOfRange,
+        NoSpace => Code::ResourceExhausted,
+        LeaseNotFound | MemberNotFound => Code::NotFound,
+        LeaseExists
+        | MemberExists
+        | PeerUrlExists
+        | MemberNotLearner
+        | LearnerNotReady
+        | TooManyLearners
+        | ClusterIdMismatch
+        | RootUserNotExist
+        | RootRoleNotExist
+        | UserAlreadyExists
+        | UserNotFound
+        | RoleAlreadyExists
+        | RoleNotFound
+        | RoleNotGranted
+        | PermissionNotGranted
+        | AuthNotEnabled
+        | NotLeader
+        | NotCapable
+        | NotSupportedForLearner
+        | BadLeaderTransferee
+        | ClusterVersionUnavailable
+        | DowngradeInProcess
+        | NoInflightDowngrade => Code::FailedPrecondition,
+        PermissionDenied => Code::PermissionDenied,
+        InvalidAuthToken => Code::Unauthenticated,
+        NoLeader
+        | LeaderChanged
+        | Stopped
+        | Timeout
+        | TimeoutDueToLeaderFail
+        | TimeoutDueToConnectionLost
+        | TimeoutWaitAppliedIndex
+        | Unhealthy => Code::Unavailable,
+        Corrupt => Code::DataLoss,
+        WatchCanceled | Canceled => Code::Cancelled,
+        DeadlineExceeded => Code::DeadlineExceeded,
+        // etcd maps these two to errors of its client library, which carry no code.
+        MemberNotEnoughStarted | TooManyRequests => Code::Unknown,
+        Other(_) => Code::Unknown,
+    }
+}
+
+/// The status that a client gets for an error.
+pub fn status(error: &Error) -> Status {
+    Status::new(code(error), error.to_string())
+}
+
+/// The same for a read, whose other failure is that this member is broken: it can't answer, and says no more.
+pub fn read_status(error: &ReadError) -> Status {
+    match error {
+        ReadError::Answer(error) => status(error),
+        ReadError::Fatal(fatal) => {
+            tracing::error!(error = %fatal, "reading failed");
+            Status::new(Code::Internal, "keelson: this member can't read its data; see its log")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The table of the contract (2.3), written out again so that neither a text nor a code can change unnoticed.
+    const GOLDEN: &str = include_str!("status.golden");
+
+    #[test]
+    fn every_error_has_etcds_code_and_text() {
+        let table: String =
+            Error::ALL.iter().map(|(name, error)| format!("{name} | {:?} | {error}\n", code(error))).collect();
+        assert_eq!(table, GOLDEN);
+    }
+}
