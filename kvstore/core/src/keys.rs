@@ -201,3 +201,60 @@ fn tagged(tag: u8, id: u64, rest: &[u8]) -> Bytes {
     row.put_slice(rest);
     row.freeze()
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn user_key() -> impl Strategy<Value = Vec<u8>> {
+        proptest::collection::vec(prop_oneof![Just(0u8), Just(1), Just(0xfe), Just(0xff), any::<u8>()], 1..6)
+    }
+
+    proptest! {
+        /// Marks stand in the order of (key, newest first), and no other key's between them.
+        #[test]
+        fn marks_stand_in_order(a in (user_key(), 1..1_000_000i64), b in (user_key(), 1..1_000_000i64)) {
+            let wanted = a.0.cmp(&b.0).then(b.1.cmp(&a.1));
+            prop_assert_eq!(old(&a.0, a.1).cmp(&old(&b.0, b.1)), wanted);
+            let (first, end) = old_above(&a.0, a.1);
+            let row = old(&b.0, b.1);
+            prop_assert_eq!(first <= row && row < end, a.0 == b.0 && b.1 > a.1);
+            prop_assert_eq!(decode_old(&row, &7u32.to_be_bytes()).unwrap(), Revision::new(b.1, 7));
+        }
+
+        #[test]
+        fn revisions_stand_in_order(
+            a in (0..i64::MAX, 0..i64::from(u32::MAX)),
+            b in (0..i64::MAX, 0..i64::from(u32::MAX)),
+        ) {
+            let (a, b) = (Revision::new(a.0, a.1), Revision::new(b.0, b.1));
+            prop_assert_eq!(rev(a).cmp(&rev(b)), a.cmp(&b));
+            prop_assert_eq!(decode_rev(&rev(a)).unwrap(), a);
+        }
+    }
+
+    #[test]
+    fn rows_of_leases_members_and_alarms_come_back() {
+        let id = LeaseId(-3);
+        assert_eq!(decode_lease_key(id, &lease_key(id, b"k\0")), Some(b"k\0".as_slice()));
+        assert_eq!(decode_lease_key(LeaseId(4), &lease_key(id, b"k")), None);
+        assert!(LEASES.0 < lease(id).as_ref() && lease(id).as_ref() < LEASES.1);
+        assert!(lease_key(id, b"k").as_ref() >= LEASES.1, "grants can be read without the keys");
+        assert_eq!(decode_member(&member(MemberId(9))).unwrap(), MemberRow::Member(MemberId(9)));
+        assert_eq!(decode_member(&removed(MemberId(9))).unwrap(), MemberRow::Removed(MemberId(9)));
+        assert_eq!(decode_alarm(&alarm(MemberId(9), 2)).unwrap(), (MemberId(9), 2));
+        let applied = Applied { index: 5, term: 3 };
+        assert_eq!(decode_applied(&encode_applied(applied)).unwrap(), applied);
+    }
+
+    #[test]
+    fn damage_is_seen() {
+        assert!(decode_rev(b"short").is_err());
+        assert!(decode_member(b"x12345678").is_err());
+        assert!(decode_alarm(b"").is_err());
+        assert!(decode_applied(b"1234567").is_err());
+        assert!(decode_old(b"k", b"").is_err());
+    }
+}

@@ -223,3 +223,143 @@ impl Install for MemoryInstall {
         Ok(Installed { index: applied.index, term: applied.term })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ops::ControlFlow;
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::super::{Overlay, Read};
+    use super::*;
+
+    const TABLE: Table = Table::Key;
+
+    type Rows = Vec<(Bytes, Bytes)>;
+
+    fn scanned<R: Read>(read: &R, range: Range<'_>, direction: Direction, max: usize) -> Rows {
+        let mut found = Vec::new();
+        read.scan(TABLE, range, direction, &mut |k, v| {
+            found.push((Bytes::copy_from_slice(k), Bytes::copy_from_slice(v)));
+            if found.len() >= max { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
+        .unwrap();
+        found
+    }
+
+    /// What a plain map would show.
+    fn expected(map: &BTreeMap<Bytes, Bytes>, range: Range<'_>, direction: Direction, max: usize) -> Rows {
+        let inside = map.iter().filter(|(k, _)| RangeBounds::<[u8]>::contains(&range, k.as_ref()));
+        let mut rows: Rows = inside.map(|(k, v)| (k.clone(), v.clone())).collect();
+        if direction == Direction::Backward {
+            rows.reverse();
+        }
+        rows.truncate(max);
+        rows
+    }
+
+    fn key(n: u16) -> Bytes {
+        Bytes::copy_from_slice(&n.to_be_bytes())
+    }
+
+    fn batch_of(writes: &[(u16, Option<u8>)], map: &mut BTreeMap<Bytes, Bytes>) -> WriteBatch {
+        let mut batch = WriteBatch::new();
+        for (n, value) in writes {
+            match value {
+                Some(value) => {
+                    batch.put(TABLE, key(*n), vec![*value]);
+                    map.insert(key(*n), vec![*value].into());
+                }
+                None => {
+                    batch.delete(TABLE, key(*n));
+                    map.remove(&key(*n));
+                }
+            }
+        }
+        batch
+    }
+
+    fn bound() -> impl Strategy<Value = Bound<u16>> {
+        prop_oneof![
+            (0..300u16).prop_map(Bound::Included),
+            (0..300u16).prop_map(Bound::Excluded),
+            Just(Bound::Unbounded)
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// A backend is a map; a batch laid over a view shows what will be there; an old view never changes.
+        #[test]
+        fn it_is_a_map_under_every_bound(
+            first in vec((0..300u16, prop::option::weighted(0.8, any::<u8>())), 0..400),
+            second in vec((0..300u16, prop::option::weighted(0.5, any::<u8>())), 0..60),
+            bounds in (bound(), bound()),
+            max in 1..40usize,
+        ) {
+            let mut map = BTreeMap::new();
+            let mut backend = MemoryBackend::new();
+            backend.write(batch_of(&first, &mut map)).unwrap();
+            let before = map.clone();
+            let view = backend.view();
+            let batch = batch_of(&second, &mut map);
+            let keys = (bounds.0.map(key), bounds.1.map(key));
+            let range = (keys.0.as_ref().map(Bytes::as_ref), keys.1.as_ref().map(Bytes::as_ref));
+            let overlay = Overlay { view: &view, batch: &batch };
+            for direction in [Direction::Forward, Direction::Backward] {
+                for max in [max, usize::MAX] {
+                    prop_assert_eq!(scanned(&overlay, range, direction, max), expected(&map, range, direction, max));
+                }
+            }
+            for n in (0..300).map(key) {
+                prop_assert_eq!(Read::get(&overlay, TABLE, &n).unwrap(), map.get(&n).cloned());
+            }
+            backend.write(batch.clone()).unwrap();
+            for direction in [Direction::Forward, Direction::Backward] {
+                let written = scanned(&backend.view(), range, direction, max);
+                prop_assert_eq!(written, expected(&map, range, direction, max));
+                prop_assert_eq!(scanned(&view, range, direction, max), expected(&before, range, direction, max));
+            }
+        }
+    }
+
+    fn one_row(n: u16) -> WriteBatch {
+        batch_of(&[(n, Some(1))], &mut BTreeMap::new())
+    }
+
+    #[test]
+    fn a_crash_leaves_the_last_completed_flush() {
+        let mut backend = MemoryBackend::new();
+        backend.write(one_row(1)).unwrap();
+        backend.start_flush().unwrap();
+        backend.write(one_row(2)).unwrap();
+        backend.start_flush().unwrap();
+        backend.write(one_row(3)).unwrap();
+        assert!(backend.complete_flush());
+        backend.crash();
+        assert_eq!(backend.view().rows(TABLE).len(), 1, "the second flush had not completed");
+        assert!(!backend.complete_flush(), "and never will");
+    }
+
+    #[test]
+    fn an_install_replaces_everything_at_once_and_a_dropped_one_nothing() {
+        let mut backend = MemoryBackend::new();
+        backend.write(one_row(1)).unwrap();
+        let view = backend.view();
+        let mut dropped = backend.begin_install().unwrap();
+        dropped.put(TABLE, b"x", b"1").unwrap();
+        assert!(dropped.finish().is_err(), "a state without an applied index is none");
+        drop(dropped);
+        let mut new = backend.begin_install().unwrap();
+        let applied = keys::Applied { index: 9, term: 2 };
+        new.put(Table::Meta, keys::META_APPLIED, &keys::encode_applied(applied)).unwrap();
+        assert_eq!(new.finish().unwrap(), Installed { index: 9, term: 2 });
+        assert_eq!(backend.durable_applied().unwrap(), 0);
+        backend.install(new).unwrap();
+        backend.crash();
+        assert_eq!(backend.durable_applied().unwrap(), 9, "an install is durable");
+        assert_eq!((backend.view().rows(TABLE).len(), view.rows(TABLE).len()), (0, 1), "old views stay readable");
+    }
+}

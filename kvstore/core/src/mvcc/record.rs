@@ -155,19 +155,80 @@ impl Header {
     }
 }
 
-/// Whether a record is a tombstone, and its `KeyValue` bytes: all that a scan of the present needs.
+/// Whether a record is a tombstone, and its `KeyValue` bytes: all that a scan of the present needs, so it decodes
+/// nothing else.
 pub(crate) fn newest(record: &[u8]) -> Result<(bool, &[u8]), Fatal> {
-    let (header, kv) = Header::decode(record)?;
-    Ok((header.tombstone, kv))
+    let skip_varint = |at: usize| record.get(at..)?.iter().position(|&byte| byte < 0x80).map(|len| at + len + 1);
+    let split = || {
+        let flags = skip_varint(FIXED)?;
+        let kv = skip_varint(flags + 1)?;
+        Some((record.get(flags)? & TOMBSTONE != 0, record.get(kv..)?))
+    };
+    split().ok_or_else(|| damaged("a record is cut short"))
+}
+
+/// The user key of a record: the first field of its `KeyValue`.
+pub(crate) fn key(record: &[u8]) -> Option<&[u8]> {
+    let (_, kv) = newest(record).ok()?;
+    let mut rest = kv.strip_prefix(&[0x0a])?;
+    let len = decode_varint(&mut rest).ok()?;
+    rest.get(..usize::try_from(len).ok()?)
 }
 
 /// The `KeyValue` bytes of a record, shared.
 pub(crate) fn kv_of(record: &Bytes) -> Result<Bytes, Fatal> {
-    let (_, kv) = Header::decode(record)?;
+    let (_, kv) = newest(record)?;
     Ok(record.slice(record.len() - kv.len()..))
 }
 
 /// What a record counts for in the quota.
 pub(crate) fn size(kv_len: usize) -> u64 {
     kv_len as u64 + OVERHEAD
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use prost::Message;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_record_comes_back_and_its_bytes_are_those_of_the_wire(
+            previous in (0..i64::MAX, 0..i64::from(u32::MAX)),
+            (sub, depth, tombstone, superseded) in (0..i64::from(u32::MAX), any::<u64>(), any::<bool>(), any::<u64>()),
+            (key, value) in (any::<Vec<u8>>(), any::<Vec<u8>>()),
+            (create, modified, version, lease) in (any::<i64>(), any::<i64>(), any::<i64>(), any::<i64>()),
+        ) {
+            let previous = Revision::new(previous.0, previous.1);
+            let header = Header { previous, sub, depth, tombstone, superseded };
+            let kv = Kv {
+                key: &key,
+                create_revision: create,
+                mod_revision: modified,
+                version,
+                value: &value,
+                lease,
+            };
+            let bytes = header.encode(&kv);
+            let (again, kv_bytes) = Header::decode(&bytes).unwrap();
+            prop_assert_eq!(again, header);
+            prop_assert_eq!(Kv::decode(kv_bytes).unwrap(), kv);
+            prop_assert_eq!(newest(&bytes).unwrap(), (tombstone, kv_bytes));
+            prop_assert_eq!(super::key(&bytes), (!key.is_empty()).then_some(key.as_slice()));
+            prop_assert_eq!(message(kv_of(&bytes).unwrap()).unwrap().encode_to_vec(), kv_bytes);
+            prop_assert_eq!(kv_bytes.len(), kv.encoded_len());
+        }
+
+        /// Whatever stands in a row, it is read or it is damage, and never a panic.
+        #[test]
+        fn foreign_bytes_are_damage_at_worst(bytes in any::<Vec<u8>>()) {
+            if let Ok((_, kv)) = Header::decode(&bytes) {
+                let _ = Kv::decode(kv);
+                prop_assert!(newest(&bytes).is_ok());
+            }
+            let _ = (newest(&bytes), key(&bytes));
+        }
+    }
 }

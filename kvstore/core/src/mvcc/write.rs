@@ -102,7 +102,7 @@ impl<'a, V: ReadView> Change<'a, V> {
         }
         let record = self.read().get(Table::Key, key)?;
         if let Some(record) = &record {
-            self.recent.insert(key_of(record)?, record.clone());
+            self.recent.insert(key, record.clone());
         }
         Ok(record)
     }
@@ -216,8 +216,8 @@ impl<'a, V: ReadView> Change<'a, V> {
             self.batch.put(Table::Old, keys::old(&key, own.main), sub);
         }
         let kind = if tombstone { EventKind::Delete } else { EventKind::Put };
-        self.events.push(Event { key: key.clone(), kind, create, kv: record::kv_of(&row)?, prev });
-        self.recent.insert(key, row);
+        self.recent.insert(&key, row.clone());
+        self.events.push(Event { key, kind, create, kv: record::kv_of(&row)?, prev });
         Ok(())
     }
 
@@ -233,7 +233,8 @@ impl<'a, V: ReadView> Change<'a, V> {
 
 /// The user key of a record, sharing its bytes.
 fn key_of(record: &Bytes) -> Result<Bytes, Fatal> {
-    Ok(record.slice_ref(Kv::decode(record::newest(record)?.1)?.key))
+    let key = record::key(record).ok_or_else(|| Fatal::Invariant("a record without a key was written".into()))?;
+    Ok(record.slice_ref(key))
 }
 
 /// What a new record stands on.
