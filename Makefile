@@ -10,10 +10,16 @@ export KEELSON_CACHE CARGO_TARGET_DIR
 PROFILE := --release
 BIN := $(CARGO_TARGET_DIR)/release
 
+# RocksDB is compiled once into the cache (.ci/rocksdb says why) and linked from there.
+ROCKSDB_VERSION := $(shell awk '/^name = "librocksdb-sys"/ { getline; gsub(/[" ]|version=/, ""); print }' Cargo.lock)
+ROCKSDB_LIB_DIR ?= $(KEELSON_CACHE)/rocksdb-$(ROCKSDB_VERSION)
+export ROCKSDB_LIB_DIR
+export ROCKSDB_STATIC := 1
+
 # Arguments for the member that `make run` starts, beside its name and address.
 ARGS ?=
 
-.PHONY: help demo test run peers bench lint fmt build
+.PHONY: help demo test run peers bench lint fmt build rocksdb
 
 help:
 	@echo 'make demo    three store members, two pods, a node: everything from end to end, told as a story'
@@ -23,21 +29,23 @@ help:
 	@echo 'make bench   ours beside etcd, one table'
 	@echo 'make lint    format, clippy, licences'
 
-build:
+rocksdb:
 	@.ci/need build
+	@.ci/rocksdb >/dev/null
+
+build: rocksdb
 	cargo build $(PROFILE) -p kvstore -p proxy -p e2e --bins
 
-demo:
-	@.ci/need build demo
+demo: rocksdb
+	@.ci/need demo
 	cargo build $(PROFILE) -p kvstore -p proxy -p e2e --bins
 	@demo/run $(BIN)
 
-test:
-	@.ci/need build test
+test: rocksdb
+	@.ci/need test
 	@.ci/test
 
-run:
-	@.ci/need build
+run: rocksdb
 	cargo build $(PROFILE) -p kvstore --bins
 	exec $(BIN)/keelson --name default --data-dir ./data $(ARGS)
 
@@ -45,14 +53,13 @@ peers:
 	@.ci/need peers
 	@tests/peers/build
 
-bench:
-	@.ci/need build peers bench
+bench: rocksdb
+	@.ci/need peers bench
 	@tests/peers/build etcd benchmark
 	cargo build $(PROFILE) -p kvstore -p benches --bins
 	@$(BIN)/bench $(ARGS)
 
-lint:
-	@.ci/need build
+lint: rocksdb
 	cargo fmt --all --check
 	cargo clippy $(PROFILE) --workspace --all-targets -- $(if $(CI),-D warnings)
 	@.ci/deny
