@@ -11,7 +11,7 @@ PROFILE := --release
 BIN := $(CARGO_TARGET_DIR)/release
 
 # RocksDB is compiled once into the cache (.ci/rocksdb says why) and linked from there.
-ROCKSDB_VERSION := $(shell awk '/^name = "librocksdb-sys"/ { getline; gsub(/[" ]|version=/, ""); print }' Cargo.lock)
+ROCKSDB_VERSION := $(shell awk -F'"' '/^name = "librocksdb-sys"/ { getline; print $$2 }' Cargo.lock)
 ROCKSDB_LIB_DIR ?= $(KEELSON_CACHE)/rocksdb-$(ROCKSDB_VERSION)
 export ROCKSDB_LIB_DIR
 export ROCKSDB_STATIC := 1
