@@ -317,7 +317,7 @@ impl<K: Kernel> Nft<K> {
                 ops.extend(chain.ops(table.family, step));
             }
             table.want_shared(desired, changes, &mut wants);
-            let delta = wants.resolve(&table.picture);
+            let delta = wants.resolve(&table.picture, &table.retired);
             ops.extend(delta.ops(table.family));
             applied.elements_added += delta.added();
             applied.elements_deleted += delta.deleted();
@@ -342,7 +342,7 @@ impl<K: Kernel> Nft<K> {
         if !self.trusted {
             return Ok(applied);
         }
-        let deltas = self.tables.each_ref().map(|table| table.retired.due(now).resolve(&table.picture));
+        let deltas = self.tables.each_ref().map(|table| table.retired.due(now).resolve(&table.picture, &table.retired));
         let ops: Vec<Op> = self.tables.iter().zip(&deltas).flat_map(|(table, delta)| delta.ops(table.family)).collect();
         applied.elements_deleted = deltas.iter().map(Delta::deleted).sum();
         self.trusted = false;
@@ -457,14 +457,13 @@ impl Table {
             }
             None => Rendered::new(),
         };
-        let changed = self.want_port(&mut port, rendered, wants);
+        let changed = id.protocol == Protocol::Udp && self.has_changed(&port, &rendered);
+        want_port(&mut port, rendered, wants);
         if changed {
             let sets = plan.into_iter().flat_map(|plan| [&plan.cluster, &plan.local]).flatten();
             note_stale(&mut applied.stale, id, &port, sets.flat_map(|set| &set.list).map(|backend| backend.address));
-            if id.protocol == Protocol::Udp {
-                gone.into_iter().for_each(|frontend| applied.stale.frontend(frontend.address, frontend.port, []));
-                gone_ports.into_iter().for_each(|port| applied.stale.node_port(port.family, port.port, []));
-            }
+            gone.into_iter().for_each(|frontend| applied.stale.frontend(frontend.address, frontend.port, []));
+            gone_ports.into_iter().for_each(|port| applied.stale.node_port(port.family, port.port, []));
         }
         if plan.is_some() {
             self.ports.insert(id.clone(), port);
@@ -473,21 +472,11 @@ impl Table {
         }
     }
 
-    /// Enters the elements of a port; says whether any differs from what the kernel holds.
-    fn want_port(&self, port: &mut Port, rendered: Rendered, wants: &mut Wants) -> bool {
-        let mut changed = false;
-        let old = std::mem::take(&mut port.keys);
-        if !old.iter().copied().eq(rendered.iter().map(|(set, key, _)| (*set, *key))) {
-            changed = true;
-            drop_old(&old, &rendered, wants);
-        }
-        port.keys.reserve(rendered.len());
-        for (set, key, data) in rendered {
-            changed |= self.picture.get(set, &key) != Some(&data);
-            port.keys.push((set, key));
-            wants.hold(set, key, data);
-        }
-        changed
+    /// Does the kernel hold anything else for this port than what was rendered?
+    fn has_changed(&self, port: &Port, rendered: &Rendered) -> bool {
+        let same_keys = port.keys.iter().copied().eq(rendered.iter().map(|(set, key, _)| (*set, *key)));
+        let held = |(set, key, data): &(SetId, Key, Data)| self.picture.get(*set, key) == Some(data);
+        (!port.keys.is_empty() && !same_keys) || !rendered.iter().all(held)
     }
 
     /// The elements that belong to no single port.
@@ -502,7 +491,7 @@ impl Table {
                 wants.hold(SetId::Hairpin, hairpin(*address), Data::None);
             }
             self.want_node(&desired.node, wants);
-            wants.drop_others(&self.picture, &self.retired);
+            wants.nothing_else();
             return;
         };
         let mut follow = |set, key, wanted: bool| {
@@ -532,6 +521,19 @@ impl Table {
                 if renew { wants.renew(set, key, Data::None) } else { wants.hold(set, key, Data::None) }
             }
         }
+    }
+}
+
+/// Enters the elements of a port.
+fn want_port(port: &mut Port, rendered: Rendered, wants: &mut Wants) {
+    let old = std::mem::take(&mut port.keys);
+    if !old.iter().copied().eq(rendered.iter().map(|(set, key, _)| (*set, *key))) {
+        drop_old(&old, &rendered, wants);
+    }
+    port.keys.reserve(rendered.len());
+    for (set, key, data) in rendered {
+        port.keys.push((set, key));
+        wants.hold(set, key, data);
     }
 }
 

@@ -59,39 +59,60 @@ pub enum Want {
     DropLater,
 }
 
-/// What should become of the keys that a change concerns.
+impl Want {
+    fn rank(&self) -> u8 {
+        match self {
+            Want::Hold(_) | Want::Renew(_) => 0,
+            Want::Drop => 1,
+            Want::DropLater => 2,
+        }
+    }
+}
+
+/// What should become of the keys that a change concerns, in the order in which it was asked for.
 #[derive(Debug, Default)]
-pub struct Wants(BTreeMap<(SetId, Key), Want>);
+pub struct Wants {
+    keys: Vec<((SetId, Key), Want)>,
+    exclusive: bool,
+}
 
 impl Wants {
     pub fn hold(&mut self, set: SetId, key: Key, data: Data) {
-        self.0.insert((set, key), Want::Hold(data));
+        self.keys.push(((set, key), Want::Hold(data)));
     }
 
     pub fn renew(&mut self, set: SetId, key: Key, data: Data) {
-        self.0.insert((set, key), Want::Renew(data));
+        self.keys.push(((set, key), Want::Renew(data)));
     }
 
     /// A key that moves from one Service to another is dropped by the one and held by the other, in any order.
     pub fn drop(&mut self, set: SetId, key: Key, later: bool) {
-        self.0.entry((set, key)).or_insert(if later { Want::DropLater } else { Want::Drop });
+        self.keys.push(((set, key), if later { Want::DropLater } else { Want::Drop }));
     }
 
-    /// Everything that `picture` holds and nobody asked for is to go.
-    pub fn drop_others(&mut self, picture: &Picture, retired: &Retired) {
-        for (set, key, _) in picture.iter() {
-            if !self.0.contains_key(&(set, *key)) && !retired.contains(set, key) {
-                self.drop(set, *key, set.is_behind());
-            }
-        }
+    /// Whatever else the kernel holds is to go.
+    pub fn nothing_else(&mut self) {
+        self.exclusive = true;
     }
 
     /// The changes that make `picture` what is wanted, grouped by set, and the keys to retire.
-    pub fn resolve(self, picture: &Picture) -> Delta {
+    pub fn resolve(mut self, picture: &Picture, retired: &Retired) -> Delta {
+        // Of several wishes for a key the first of the strongest kind counts, and to hold it is the strongest.
+        self.keys.sort_by(|(a, wish_a), (b, wish_b)| a.cmp(b).then(wish_a.rank().cmp(&wish_b.rank())));
+        self.keys.dedup_by(|later, first| later.0 == first.0);
         let mut delta = Delta::default();
-        for ((set, key), want) in self.0 {
-            match (picture.get(set, &key), want) {
-                (Some(held), Want::Hold(data)) if *held == data => delta.kept.push((set, key)),
+        let mut met = 0;
+        let others =
+            if self.exclusive { Some(self.keys.iter().map(|(key, _)| *key).collect::<Vec<_>>()) } else { None };
+        for ((set, key), want) in self.keys {
+            let held = picture.get(set, &key);
+            met += usize::from(held.is_some());
+            match (held, want) {
+                (Some(held), Want::Hold(data)) if *held == data => {
+                    if retired.contains(set, &key) {
+                        delta.kept.push((set, key));
+                    }
+                }
                 (held, Want::Hold(data) | Want::Renew(data)) => {
                     if held.is_some() {
                         delta.change(set).deleted.push(key);
@@ -101,6 +122,14 @@ impl Wants {
                 (Some(_), Want::Drop) => delta.change(set).deleted.push(key),
                 (Some(_), Want::DropLater) => delta.retired.push((set, key)),
                 (None, Want::Drop | Want::DropLater) => {}
+            }
+        }
+        if let Some(wanted) = others.filter(|_| met < picture.count()) {
+            for (set, key, _) in picture.iter() {
+                if wanted.binary_search(&(set, *key)).is_ok() || retired.contains(set, key) {
+                    continue;
+                }
+                if set.is_behind() { delta.retired.push((set, *key)) } else { delta.change(set).deleted.push(*key) }
             }
         }
         delta
@@ -219,7 +248,7 @@ mod tests {
         let mut wants = Wants::default();
         wants.hold(SetId::Outside, key().id(Id(1)), Data::Id(Id(11)));
         wants.hold(SetId::Outside, key().id(Id(2)), Data::Id(Id(20)));
-        let delta = wants.resolve(&held);
+        let delta = wants.resolve(&held, &Retired::default());
         let ops = delta.ops(Family::V4);
         assert_eq!((delta.added(), delta.deleted()), (1, 1));
         assert!(matches!(&ops[..], [Op::DeleteElements { .. }, Op::AddElements { .. }]), "{ops:?}");
@@ -231,18 +260,18 @@ mod tests {
         let mut retired = Retired::default();
         let start = Instant::now();
         let mut wants = Wants::default();
-        wants.drop_others(&held, &retired);
-        let delta = wants.resolve(&held);
+        wants.nothing_else();
+        let delta = wants.resolve(&held, &retired);
         assert!(delta.ops(Family::V4).is_empty());
         delta.commit(&mut held, &mut retired, start);
         assert_eq!(retired.next_due(), Some(start + RETIRE_AFTER));
 
         let mut wants = Wants::default();
         wants.hold(SetId::Outside, key().id(Id(1)), Data::Id(Id(10)));
-        wants.resolve(&held).commit(&mut held, &mut retired, start);
+        wants.resolve(&held, &retired).commit(&mut held, &mut retired, start);
 
-        assert_eq!(retired.due(start).resolve(&held).deleted(), 0);
-        let due = retired.due(start + RETIRE_AFTER).resolve(&held);
+        assert_eq!(retired.due(start).resolve(&held, &retired).deleted(), 0);
+        let due = retired.due(start + RETIRE_AFTER).resolve(&held, &retired);
         assert_eq!(due.deleted(), 1);
         due.commit(&mut held, &mut retired, start + RETIRE_AFTER);
         assert_eq!(held, picture(&[(1, 10)]));
@@ -259,7 +288,7 @@ mod tests {
             }
             wants.hold(SetId::Outside, key().id(Id(1)), Data::Id(Id(10)));
             wants.drop(SetId::Outside, key().id(Id(1)), false);
-            assert!(wants.resolve(&held).ops(Family::V4).is_empty());
+            assert!(wants.resolve(&held, &Retired::default()).ops(Family::V4).is_empty());
         }
     }
 }
