@@ -9,18 +9,21 @@
 //!
 //! What it does not do: it caches nothing and retries nothing.
 
+mod expr;
+mod sets;
+
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use proxy_core::model::Family;
 
+use self::expr::expression;
+use self::sets::{put_set, tagged};
 use super::kernel::{ChainInfo, Kernel, KernelError, Receipt, TableInfo};
-use super::object::{
-    Base, Data, Element, Expr, FibOf, Id, Key, KeyKind, Op, Rule, SetId, TABLE, Verdict, address, address_bytes,
-};
-use super::skeleton::{Field, SetData, SetShape, set_shape, width};
-use crate::netlink::attr::{Attr, Attrs, close, nest, open, put, put_text, put_u32, put_u64};
+use super::object::{Base, Data, Element, Id, Key, KeyKind, Op, Rule, SetId, TABLE, Verdict, address, address_bytes};
+use super::skeleton::{Field, SetData, SetShape, set_shape};
+use crate::netlink::attr::{Attr, Attrs, close, nest, open, put, put_text, put_u32};
 use crate::netlink::{
     Answer, Message, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, Socket, family_number, frame,
 };
@@ -44,12 +47,6 @@ const GETGEN: u16 = 16;
 const LIST_ENTRY: u16 = 1;
 const TABLE_FLAG_OWNER: u32 = 2;
 const TABLE_FLAG_PERSIST: u32 = 4;
-const SET_FLAG_INTERVAL: u32 = 0x04;
-const SET_FLAG_MAP: u32 = 0x08;
-const SET_FLAG_TIMEOUT: u32 = 0x10;
-const SET_FLAG_EVAL: u32 = 0x20;
-const SET_FLAG_CONCAT: u32 = 0x80;
-const DATA_VERDICT: u32 = 0xffff_ff00;
 const ELEMENT_FLAG_INTERVAL_END: u32 = 1;
 const VERDICT_DROP: u32 = 0;
 const VERDICT_GOTO: u32 = -4_i32 as u32;
@@ -361,305 +358,6 @@ fn put_rule(out: &mut Vec<u8>, family: Family, chain: &str, rule: &Rule) {
         }
     });
     put(out, 7, &comment_data(&rule.comment));
-}
-
-/// Registers are numbered from 8, after the verdict (0) and the old 16-byte ones.
-fn put_reg(out: &mut Vec<u8>, kind: u16, reg: u8) {
-    put_u32(out, kind, 8 + u32::from(reg));
-}
-
-fn put_value(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    nest(out, kind, |out| put(out, 1, value));
-}
-
-fn expression(family: Family, expr: &Expr) -> (&'static str, Vec<u8>) {
-    let mut attrs = Vec::new();
-    let out = &mut attrs;
-    let name = match expr {
-        Expr::Payload { to, header, offset, bytes } => {
-            put_reg(out, 1, *to);
-            put_u32(out, 2, *header as u32);
-            put_u32(out, 3, *offset);
-            put_u32(out, 4, *bytes);
-            "payload"
-        }
-        Expr::Meta { to, key } => {
-            put_u32(out, 2, *key as u32);
-            put_reg(out, 1, *to);
-            "meta"
-        }
-        Expr::SetMeta { from, key } => {
-            put_u32(out, 2, *key as u32);
-            put_reg(out, 3, *from);
-            "meta"
-        }
-        Expr::Ct { to, key } => {
-            put_u32(out, 2, *key as u32);
-            put_reg(out, 1, *to);
-            "ct"
-        }
-        Expr::AddressType { to, of } => {
-            put_reg(out, 1, *to);
-            put_u32(out, 2, 3);
-            put_u32(out, 3, if *of == FibOf::Source { 1 } else { 2 });
-            "fib"
-        }
-        Expr::Bitwise { reg, mask, xor } => {
-            put_reg(out, 1, *reg);
-            put_reg(out, 2, *reg);
-            put_u32(out, 3, 4);
-            put_value(out, 4, &mask.to_ne_bytes());
-            put_value(out, 5, &xor.to_ne_bytes());
-            "bitwise"
-        }
-        Expr::ToNetworkOrder { reg } => {
-            put_reg(out, 1, *reg);
-            put_reg(out, 2, *reg);
-            put_u32(out, 3, 1);
-            put_u32(out, 4, 4);
-            put_u32(out, 5, 4);
-            "byteorder"
-        }
-        Expr::Equal { reg, bytes } | Expr::NotEqual { reg, bytes } => {
-            put_reg(out, 1, *reg);
-            put_u32(out, 2, u32::from(matches!(expr, Expr::NotEqual { .. })));
-            put_value(out, 3, bytes);
-            "cmp"
-        }
-        Expr::Contains { .. } | Expr::NotContains { .. } | Expr::Map { .. } | Expr::VerdictMap { .. } => {
-            lookup(out, expr);
-            "lookup"
-        }
-        Expr::Verdict(verdict) => {
-            put_u32(out, 1, 0);
-            nest(out, 2, |out| put_verdict(out, verdict));
-            "immediate"
-        }
-        Expr::Load { to, bytes } => {
-            put_reg(out, 1, *to);
-            put_value(out, 2, bytes);
-            "immediate"
-        }
-        Expr::Random { to, modulus } => {
-            put_reg(out, 1, *to);
-            put_u32(out, 2, *modulus);
-            put_u32(out, 3, 1);
-            put_u32(out, 4, 0);
-            "numgen"
-        }
-        _ => statement(out, family, expr),
-    };
-    (name, attrs)
-}
-
-fn lookup(out: &mut Vec<u8>, expr: &Expr) {
-    let (set, reg) = match expr {
-        Expr::Contains { set, reg } | Expr::NotContains { set, reg } | Expr::VerdictMap { set, reg } => (set, reg),
-        Expr::Map { set, reg, .. } => (set, reg),
-        _ => return,
-    };
-    put_text(out, 1, set.name());
-    put_reg(out, 2, *reg);
-    match expr {
-        Expr::Map { to, .. } => put_reg(out, 3, *to),
-        Expr::VerdictMap { .. } => put_u32(out, 3, 0),
-        Expr::NotContains { .. } => put_u32(out, 5, 1),
-        _ => {}
-    }
-}
-
-/// The expressions that change the packet, a set or its fate.
-fn statement(out: &mut Vec<u8>, family: Family, expr: &Expr) -> &'static str {
-    const RANDOM_FULLY: u32 = 0x10;
-    const PORT_UNREACHABLE_V4: u8 = 3;
-    const PORT_UNREACHABLE_V6: u8 = 4;
-    match expr {
-        Expr::DestinationNat { address, port } => {
-            put_u32(out, 1, 1);
-            put_u32(out, 2, u32::from(family_number(family)));
-            put_reg(out, 3, *address);
-            put_reg(out, 5, *port);
-            "nat"
-        }
-        Expr::Masquerade => {
-            put_u32(out, 1, RANDOM_FULLY);
-            "masq"
-        }
-        Expr::RejectByReset => {
-            put_u32(out, 1, 1);
-            put(out, 2, &[0]);
-            "reject"
-        }
-        Expr::RejectByIcmp => {
-            put_u32(out, 1, 0);
-            put(out, 2, &[if family == Family::V4 { PORT_UNREACHABLE_V4 } else { PORT_UNREACHABLE_V6 }]);
-            "reject"
-        }
-        Expr::Update { set, key, data, timeout_ms } => {
-            put_dynset(out, *set, 1, *key, *data);
-            put_u64(out, 6, *timeout_ms);
-            "dynset"
-        }
-        Expr::Forget { set, key, data } => {
-            put_dynset(out, *set, 2, *key, *data);
-            "dynset"
-        }
-        other => unreachable!("{other:?} is not a statement"),
-    }
-}
-
-fn put_dynset(out: &mut Vec<u8>, set: SetId, op: u32, key: u8, data: u8) {
-    put_text(out, 1, set.name());
-    put_u32(out, 3, op);
-    put_reg(out, 4, key);
-    put_reg(out, 5, data);
-}
-
-fn put_set(out: &mut Vec<u8>, family: Family, set: SetId, id: u32) {
-    let shape = set_shape(set);
-    let mut flags = 0;
-    put_text(out, 1, TABLE);
-    put_text(out, 2, set.name());
-    if shape.interval {
-        flags |= SET_FLAG_INTERVAL;
-    }
-    if shape.interval && shape.key.len() > 1 {
-        flags |= SET_FLAG_CONCAT;
-    }
-    if shape.data != SetData::Nothing {
-        flags |= SET_FLAG_MAP;
-    }
-    if shape.dynamic_size.is_some() {
-        flags |= SET_FLAG_TIMEOUT | SET_FLAG_EVAL;
-    }
-    put_u32(out, 3, flags);
-    put_u32(out, 4, type_id(family, shape.key));
-    put_u32(out, 5, width(family, shape.key));
-    match shape.data {
-        SetData::Nothing => {}
-        SetData::Fields(fields) => {
-            put_u32(out, 6, type_id(family, fields));
-            put_u32(out, 7, width(family, fields));
-        }
-        SetData::Verdict => {
-            put_u32(out, 6, DATA_VERDICT);
-            put_u32(out, 7, 0);
-        }
-    }
-    if let Some(size) = shape.dynamic_size {
-        nest(out, 9, |out| put_u32(out, 1, size));
-    } else if flags & SET_FLAG_CONCAT != 0 {
-        nest(out, 9, |out| {
-            nest(out, 2, |out| {
-                for field in shape.key {
-                    nest(out, LIST_ENTRY, |out| put_u32(out, 1, width(family, &[*field])));
-                }
-            });
-        });
-    }
-    put_u32(out, 10, id);
-    put(out, 13, &set_user_data(family, &shape));
-}
-
-/// nft's number for the type of a field; those of a concatenation are packed, six bits each.
-fn type_id(family: Family, fields: &[Field]) -> u32 {
-    fields.iter().fold(0, |id, field| {
-        id << 6
-            | match (field, family) {
-                (Field::Source | Field::Destination, Family::V4) => 7,
-                (Field::Source | Field::Destination, Family::V6) => 8,
-                (Field::Protocol, _) => 12,
-                (Field::Port, _) => 13,
-                (Field::Id, _) => 23,
-                (Field::Index, _) => 4,
-            }
-    })
-}
-
-/// What `nft` reads to list a set by the expressions that fill it (`typeof`): tagged bytes, with no padding.
-fn set_user_data(family: Family, shape: &SetShape) -> Vec<u8> {
-    const KEY_BYTE_ORDER: u8 = 0;
-    const DATA_BYTE_ORDER: u8 = 1;
-    const KEY_TYPEOF: u8 = 3;
-    const DATA_TYPEOF: u8 = 4;
-    const DATA_INTERVAL: u8 = 6;
-    const EXPR_VERDICT: u32 = 1;
-    let mut out = Vec::new();
-    tagged_u32(&mut out, KEY_BYTE_ORDER, byte_order(shape.key));
-    match shape.data {
-        SetData::Nothing => {}
-        SetData::Fields(fields) => tagged_u32(&mut out, DATA_BYTE_ORDER, byte_order(fields)),
-        SetData::Verdict => tagged_u32(&mut out, DATA_BYTE_ORDER, 0),
-    }
-    tagged(&mut out, KEY_TYPEOF, &type_of(family, shape.key));
-    match shape.data {
-        SetData::Nothing => return out,
-        SetData::Fields(fields) => tagged(&mut out, DATA_TYPEOF, &type_of(family, fields)),
-        SetData::Verdict => {
-            let mut verdict = Vec::new();
-            tagged_u32(&mut verdict, 0, EXPR_VERDICT);
-            tagged(&mut verdict, 1, &[]);
-            tagged(&mut out, DATA_TYPEOF, &verdict);
-        }
-    }
-    tagged_u32(&mut out, DATA_INTERVAL, 0);
-    out
-}
-
-fn byte_order(fields: &[Field]) -> u32 {
-    match fields {
-        [Field::Id] => 1,
-        [_] => 2,
-        _ => 0,
-    }
-}
-
-fn type_of(family: Family, fields: &[Field]) -> Vec<u8> {
-    const EXPR_CONCAT: u32 = 13;
-    if let [field] = fields {
-        return type_of_field(family, *field);
-    }
-    let mut list = Vec::new();
-    for (index, field) in fields.iter().enumerate() {
-        tagged(&mut list, index as u8, &type_of_field(family, *field));
-    }
-    let mut out = Vec::new();
-    tagged_u32(&mut out, 0, EXPR_CONCAT);
-    tagged(&mut out, 1, &list);
-    out
-}
-
-fn type_of_field(family: Family, field: Field) -> Vec<u8> {
-    const EXPR_PAYLOAD: u32 = 7;
-    const EXPR_META: u32 = 9;
-    const EXPR_NUMGEN: u32 = 23;
-    let (ip, source) = if family == Family::V4 { (12, 11) } else { (13, 8) };
-    let (kind, parts): (u32, &[u32]) = match field {
-        Field::Source => (EXPR_PAYLOAD, &[ip, source]),
-        Field::Destination => (EXPR_PAYLOAD, &[ip, source + 1]),
-        Field::Port => (EXPR_PAYLOAD, &[11, 2]),
-        Field::Protocol => (EXPR_META, &[16]),
-        Field::Id => (EXPR_META, &[2]),
-        Field::Index => (EXPR_NUMGEN, &[1, 65_536, 0]),
-    };
-    let mut data = Vec::new();
-    for (index, part) in parts.iter().enumerate() {
-        tagged_u32(&mut data, index as u8, *part);
-    }
-    let mut out = Vec::new();
-    tagged_u32(&mut out, 0, kind);
-    tagged(&mut out, 1, &data);
-    out
-}
-
-fn tagged(out: &mut Vec<u8>, tag: u8, value: &[u8]) {
-    out.push(tag);
-    out.push(u8::try_from(value.len()).expect("user data is bounded by the shapes of our sets"));
-    out.extend_from_slice(value);
-}
-
-fn tagged_u32(out: &mut Vec<u8>, tag: u8, value: u32) {
-    tagged(out, tag, &value.to_ne_bytes());
 }
 
 /// A comment as `nft` stores it in the user data of tables and rules: tag 0, length, text with NUL.

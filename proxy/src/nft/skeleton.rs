@@ -19,12 +19,15 @@
 //!
 //! What it does not do: round robin (its counter would be shared by all Services of one endpoint count), and counters.
 
+mod sets;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use proxy_core::dataplane::{LocalDetection, NodePlan, NodePortAddresses};
 use proxy_core::model::Family;
 
+pub use self::sets::{Field, SetData, SetShape, set_shape, width};
 use super::object::{
     Base, CT_STATE_NEW, CT_STATUS_DNAT, Ct, Data, Element, Expr, FibOf, Header, Hook, Id, Meta, Op, Reg, Rule, SetId,
     Verdict, address_bytes, key,
@@ -108,69 +111,6 @@ impl Shape {
             if self.node_ports_everywhere { "everywhere" } else { "by address" },
         )
     }
-}
-
-/// A field of a key or of data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Field {
-    Source,
-    Destination,
-    Protocol,
-    Port,
-    Id,
-    Index,
-}
-
-/// What the kernel (and `nft`, when it lists) must know of a set.
-#[derive(Debug, PartialEq, Eq)]
-pub struct SetShape {
-    pub key: &'static [Field],
-    pub data: SetData,
-    pub interval: bool,
-    /// Elements that packets write, with a timeout; at most so many.
-    pub dynamic_size: Option<u32>,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-pub enum SetData {
-    Nothing,
-    Fields(&'static [Field]),
-    Verdict,
-}
-
-const AFFINITY_ENTRIES_MAX: u32 = 262_144;
-
-pub fn set_shape(set: SetId) -> SetShape {
-    use Field::{Destination, Id, Index, Port, Protocol, Source};
-    let (key, data): (&'static [Field], SetData) = match set {
-        SetId::Frontends => (&[Destination, Protocol, Port], SetData::Fields(&[Id])),
-        SetId::NodePorts => (&[Protocol, Port], SetData::Fields(&[Id])),
-        SetId::ClusterSide | SetId::Outside => (&[Id], SetData::Fields(&[Id])),
-        SetId::Endpoints => (&[Id, Protocol, Index], SetData::Fields(&[Destination, Port])),
-        SetId::Picks => (&[Id, Index], SetData::Fields(&[Id])),
-        SetId::Slots => (&[Id, Protocol], SetData::Fields(&[Destination, Port])),
-        SetId::Affinity => (&[Source, Id], SetData::Fields(&[Id])),
-        SetId::SourceRanges => (&[Id, Source], SetData::Nothing),
-        SetId::Hairpin => (&[Source, Destination], SetData::Nothing),
-        SetId::PodCidrs => (&[Source], SetData::Nothing),
-        SetId::ClusterIps | SetId::ServiceCidrs | SetId::NodePortIps => (&[Destination], SetData::Nothing),
-        SetId::Steps | SetId::PolicySteps | SetId::BackendSteps => (&[Id], SetData::Verdict),
-    };
-    SetShape {
-        key,
-        data,
-        interval: matches!(set, SetId::SourceRanges | SetId::PodCidrs | SetId::ServiceCidrs),
-        dynamic_size: (set == SetId::Affinity).then_some(AFFINITY_ENTRIES_MAX),
-    }
-}
-
-/// How many bytes fields take in a key.
-pub fn width(family: Family, fields: &[Field]) -> u32 {
-    let bytes = |field: &Field| match field {
-        Field::Source | Field::Destination => address_bytes(family),
-        Field::Protocol | Field::Port | Field::Id | Field::Index => 4,
-    };
-    fields.iter().map(bytes).sum::<usize>() as u32
 }
 
 /// A chain that handles one step.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use proxy::conntrack::Conntrack;
@@ -237,5 +238,50 @@ fn external_traffic_may_be_kept_local() {
         cluster.set(&web, Family::V4, 8080, &[]);
         cluster.follow();
         assert!(is_refused(wires.outside.inside(|| tcp(node))), "none at all: refused");
+    });
+}
+
+/// Scales a Service up and down as fast as it goes while a client connects all the time: nobody is refused, whichever
+/// generation a packet's lookups see.
+#[test]
+fn connections_go_on_while_endpoints_come_and_go() {
+    isolated(|| {
+        let wires = wires();
+        let mut cluster = Cluster::new(config());
+        let (web, _) = both(Protocol::Tcp);
+        let mut elsewhere = web.clone();
+        elsewhere.external_traffic_policy = TrafficPolicy::Local;
+        let endpoints = wires.endpoints(Family::V4);
+        cluster.set(&web, Family::V4, 8080, &endpoints);
+        cluster.follow();
+        let stop = AtomicBool::new(false);
+        let (connects, changes) = std::thread::scope(|scope| {
+            let client = scope.spawn(|| {
+                wires.outside.inside(|| {
+                    let mut connects = 0_u32;
+                    while !stop.load(Ordering::Relaxed) {
+                        for address in [at("10.96.0.1:80"), at("192.168.0.2:30080")] {
+                            tcp(address).unwrap_or_else(|error| panic!("{address} after {connects}: {error}"));
+                            connects += 1;
+                        }
+                    }
+                    connects
+                })
+            });
+            let start = Instant::now();
+            let mut changes = 0_usize;
+            while start.elapsed() < Duration::from_millis(1_500) && !client.is_finished() {
+                // One and two endpoints, and now and then another policy: new ids for everything that leads to them.
+                let of = if changes % 8 < 4 { &web } else { &elsewhere };
+                cluster.set(of, Family::V4, 8080, &endpoints[..1 + changes % 2]);
+                cluster.follow();
+                cluster.nft.retire(Instant::now()).expect("a retirement");
+                changes += 1;
+            }
+            stop.store(true, Ordering::Relaxed);
+            (client.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), changes)
+        });
+        println!("{connects} connects during {changes} changes");
+        assert!(connects > 0 && changes > 0);
     });
 }
