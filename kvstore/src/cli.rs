@@ -12,8 +12,7 @@ use std::collections::BTreeMap;
 use clap::{Arg, ArgAction, Command};
 use thiserror::Error;
 
-/// What etcd's version this speaks, on the wire and to tools that parse `--version`.
-pub const ETCD_VERSION: &str = "3.7.3";
+use crate::ETCD_VERSION;
 
 /// Why the command line cannot be used; one line, naming the flag.
 #[derive(Clone, PartialEq, Eq, Debug, Error)]

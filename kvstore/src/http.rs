@@ -15,7 +15,7 @@ use kvstore_core::mvcc::{self, ReadError};
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::cli::ETCD_VERSION;
+use crate::ETCD_VERSION;
 use crate::inbox::Inbox;
 use crate::metrics::{self, Metrics};
 use crate::rpc::Context;

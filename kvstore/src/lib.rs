@@ -15,3 +15,6 @@ pub mod telemetry;
 mod testing;
 
 pub use inbox::{Identity, Inbox, Published, RaftStatus};
+
+/// Which version of etcd's API this speaks, on the wire and to tools that parse `--version`.
+pub const ETCD_VERSION: &str = "3.7.3";

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvstore_core::types::MemberId;
 
-use crate::cli::ETCD_VERSION;
+use crate::ETCD_VERSION;
 use crate::inbox::Inbox;
 
 /// A count that only rises.

@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status};
 
 use super::status::status;
 use super::{Context, complete, header, unexpected};
-use crate::cli::ETCD_VERSION;
+use crate::ETCD_VERSION;
 
 /// Response metadata that carries Keelson's own version beside etcd's in the message.
 const KEELSON_VERSION_KEY: &str = "keelson-version";
