@@ -47,7 +47,8 @@ pub struct WatchLimits {
     pub queue_bytes: usize,
     /// Watchers that asked for fragments get responses below this size (but at least one event); etcd's max request bytes.
     pub fragment_bytes: usize,
-    /// A frame that has reached this size ends with its revision, so that catching up makes no giant responses.
+    /// A frame, or a slice of history, that has reached this size ends with its revision. It may be larger than a queue: the
+    /// frame that fills one goes in whole.
     pub frame_bytes: usize,
     /// The hub remembers so many of the newest revisions, so that who lags a little needs no history.
     pub recent_revisions: usize,
@@ -67,7 +68,7 @@ impl Default for WatchLimits {
             queue_frames: 128,
             queue_bytes: 4 << 20,
             fragment_bytes: 3 << 19,
-            frame_bytes: 1 << 20,
+            frame_bytes: 8 << 20,
             recent_revisions: 1024,
             recent_bytes: 16 << 20,
             catch_up_rows: 1000,

@@ -19,29 +19,29 @@ use crate::Inbox;
 const POLLS: u32 = 3;
 
 /// Whether the client wants an answer only from a member that knows a leader.
-pub fn requires_leader(metadata: &MetadataMap) -> bool {
+pub(super) fn requires_leader(metadata: &MetadataMap) -> bool {
     metadata.get("hasleader").is_some_and(|value| value.as_bytes() == b"true")
 }
 
 /// Watches for the loss of the leader on behalf of all streams.
 #[derive(Clone)]
-pub struct LeaderMonitor {
+pub(super) struct LeaderMonitor {
     losses: watch::Receiver<u64>,
 }
 
 /// What a stream holds; `None` for one that does not care.
-pub struct LeaderGuard(Option<watch::Receiver<u64>>);
+pub(super) struct LeaderGuard(Option<watch::Receiver<u64>>);
 
 impl LeaderMonitor {
     /// Starts polling on the present runtime, once an election timeout, for as long as the monitor or a guard lives.
-    pub fn start(inbox: Inbox, election_timeout: Duration) -> LeaderMonitor {
+    pub(super) fn start(inbox: Inbox, election_timeout: Duration) -> LeaderMonitor {
         let (lost, losses) = watch::channel(0);
         tokio::spawn(poll(lost, election_timeout, move || inbox.raft().leader.is_some()));
         LeaderMonitor { losses }
     }
 
     /// Admits a new stream, or says why not.
-    pub fn admit(&self, inbox: &Inbox, metadata: &MetadataMap) -> Result<LeaderGuard, Error> {
+    pub(super) fn admit(&self, inbox: &Inbox, metadata: &MetadataMap) -> Result<LeaderGuard, Error> {
         if !requires_leader(metadata) {
             return Ok(LeaderGuard(None));
         }
@@ -56,7 +56,7 @@ impl LeaderMonitor {
 
 impl LeaderGuard {
     /// Returns when the stream has to end for want of a leader; may be dropped and called again.
-    pub async fn lost(&mut self) {
+    pub(super) async fn lost(&mut self) {
         if let Some(losses) = &mut self.0
             && losses.changed().await.is_ok()
         {

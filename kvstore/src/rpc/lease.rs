@@ -26,14 +26,14 @@ use crate::Inbox;
 use crate::rpc::{header, status};
 
 #[derive(Clone, Copy, Debug)]
-pub struct LeaseConfig {
+pub(super) struct LeaseConfig {
     /// Shorter TTLs are raised to this, seconds.
-    pub min_ttl_s: i64,
+    pub(super) min_ttl_s: i64,
 }
 
 impl LeaseConfig {
     /// One and a half election timeouts, in whole ticks and then in whole seconds, rounded as etcd rounds (contract 2.8).
-    pub fn new(heartbeat_ms: u64, election_timeout_ms: u64) -> LeaseConfig {
+    pub(super) fn new(heartbeat_ms: u64, election_timeout_ms: u64) -> LeaseConfig {
         let heartbeat_ms = heartbeat_ms.max(1);
         let ticks = 3 * (election_timeout_ms / heartbeat_ms) / 2;
         LeaseConfig { min_ttl_s: i64::try_from((ticks * heartbeat_ms).div_ceil(1000)).unwrap_or(i64::MAX) }
@@ -47,7 +47,7 @@ impl LeaseConfig {
 
 /// `etcdserverpb.Lease`.
 #[derive(Clone)]
-pub struct LeaseService {
+pub(super) struct LeaseService {
     inbox: Inbox,
     monitor: LeaderMonitor,
     config: LeaseConfig,
@@ -56,7 +56,7 @@ pub struct LeaseService {
 }
 
 impl LeaseService {
-    pub fn new(inbox: Inbox, monitor: LeaderMonitor, config: LeaseConfig, shutdown: CancellationToken) -> Self {
+    pub(super) fn new(inbox: Inbox, monitor: LeaderMonitor, config: LeaseConfig, shutdown: CancellationToken) -> Self {
         LeaseService { inbox, monitor, config, shutdown }
     }
 

@@ -25,7 +25,7 @@ use kvstore_core::Error;
 use kvstore_core::watch::{Frame, WatchHub};
 use prost::Message;
 use prost::encoding::{encode_varint, encoded_len_varint};
-use tokio::time::{Instant, Interval, MissedTickBehavior};
+use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::codegen::{BoxFuture, StdError};
@@ -44,16 +44,16 @@ const TAKE: usize = 32;
 const REQUESTS: usize = 16;
 
 #[derive(Clone, Copy, Debug)]
-pub struct WatchConfig {
+pub(super) struct WatchConfig {
     /// `--watch-progress-notify-interval`; a tenth of it at most is added, so that streams don't fire together.
-    pub progress_notify_interval: Duration,
+    pub(super) progress_notify_interval: Duration,
     /// The largest request that is read.
-    pub max_request_bytes: usize,
+    pub(super) max_request_bytes: usize,
 }
 
 /// The service, for a router: `etcdserverpb.Watch`.
 #[derive(Clone)]
-pub struct WatchService {
+pub(super) struct WatchService {
     inbox: Inbox,
     monitor: LeaderMonitor,
     config: WatchConfig,
@@ -62,7 +62,7 @@ pub struct WatchService {
 }
 
 impl WatchService {
-    pub fn new(inbox: Inbox, monitor: LeaderMonitor, config: WatchConfig, shutdown: CancellationToken) -> Self {
+    pub(super) fn new(inbox: Inbox, monitor: LeaderMonitor, config: WatchConfig, shutdown: CancellationToken) -> Self {
         WatchService { inbox, monitor, config, shutdown }
     }
 
@@ -261,13 +261,14 @@ async fn next_request(requests: &mut Option<Streaming<WatchRequest>>) -> Result<
 fn progress_timer(interval: Duration, stream: u64) -> Interval {
     let parts = u32::try_from(stream.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54).unwrap_or(0);
     let period = interval.max(Duration::from_millis(100)) + interval / 10 * parts / 1024;
-    let mut timer = tokio::time::interval_at(Instant::now() + period, period);
+    let mut timer = tokio::time::interval(period);
+    timer.reset();
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     timer
 }
 
 /// A response of which only the head has still to be encoded.
-pub struct Framed {
+pub(super) struct Framed {
     head: WatchResponse,
     events: Vec<Bytes>,
 }

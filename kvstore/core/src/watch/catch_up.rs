@@ -17,6 +17,9 @@ use crate::Fatal;
 use crate::backend::Read;
 use crate::mvcc::{Bounds, EventKind, RevisionEvents, history};
 
+/// Rows of history read at a time.
+const ROWS: usize = 32;
+
 /// What one watcher wants to see.
 #[derive(Clone, Debug)]
 pub(super) struct Interest {
@@ -43,6 +46,7 @@ pub struct CatchUp {
     pub(super) from: i64,
     pub(super) to: i64,
     pub(super) max_rows: usize,
+    pub(super) max_bytes: usize,
     pub(super) source: Source,
     pub(super) wants: Vec<Want>,
     /// Everything below this revision has been looked at for everyone who wanted it.
@@ -86,10 +90,11 @@ impl CatchUp {
     }
 
     /// The same, with another source of history: like [`history::events`], it is given the first and last revision, the
-    /// bound in rows, who wants a key and whether previous values matter, and says from where to go on.
-    pub fn read_with<H>(&mut self, bounds: Bounds, history: H) -> Result<(), Fatal>
+    /// bound in rows, who wants a key and whether previous values matter, and says from where to go on. It is asked for a
+    /// few rows at a time, because a row may be large and only rows can be bounded there.
+    pub fn read_with<H>(&mut self, bounds: Bounds, mut history: H) -> Result<(), Fatal>
     where
-        H: FnOnce(i64, i64, usize, &dyn Fn(&[u8]) -> bool, bool) -> Result<(Vec<RevisionEvents>, i64), Fatal>,
+        H: FnMut(i64, i64, usize, &dyn Fn(&[u8]) -> bool, bool) -> Result<(Vec<RevisionEvents>, i64), Fatal>,
     {
         let mut index = Ranges::default();
         for (at, want) in self.wants.iter().enumerate() {
@@ -101,12 +106,8 @@ impl CatchUp {
             return Ok(());
         }
         self.compacted = bounds.compacted;
-        let from = self.from.max(bounds.compacted);
+        self.next = self.from.max(bounds.compacted);
         let to = self.to.min(bounds.revision);
-        if from > to {
-            self.next = from;
-            return Ok(());
-        }
         let found = RefCell::new(Vec::new());
         let wanted = |key: &[u8]| {
             let mut found = found.borrow_mut();
@@ -115,10 +116,18 @@ impl CatchUp {
             !found.is_empty()
         };
         let want_prev = self.wants.iter().any(|want| want.interest.prev_kv);
-        let (revisions, next) = history(from, to, self.max_rows, &wanted, want_prev)?;
-        self.next = next;
-        for revision in revisions {
-            self.sort_out(&index, &Encoded::new(revision));
+        let (mut rows, mut bytes) = (0, 0);
+        while self.next <= to && rows < self.max_rows && bytes < self.max_bytes {
+            let step = ROWS.min(self.max_rows - rows);
+            let (revisions, next) = history(self.next, to, step, &wanted, want_prev)?;
+            debug_assert!(next > self.next, "history goes on");
+            self.next = next;
+            rows += step;
+            for revision in revisions {
+                let revision = Encoded::new(revision);
+                bytes += revision.bytes;
+                self.sort_out(&index, &revision);
+            }
         }
         Ok(())
     }

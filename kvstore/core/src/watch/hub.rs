@@ -559,6 +559,7 @@ impl WatchLimits {
             from: cursor,
             to: revision,
             max_rows: self.catch_up_rows,
+            max_bytes: self.frame_bytes,
             source: Source::History,
             wants: Vec::new(),
             next: revision + 1,
