@@ -1,7 +1,7 @@
 //! What the command line means: validated once, with the flag at fault named.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -302,14 +302,6 @@ fn bind_address(flag: &'static str, text: &str, default_port: u16) -> Result<Opt
     match with_host.parse() {
         Ok(address) => Ok(Some(address)),
         Err(_) => Err(refuse(flag, format!("{text:?} is no IP:PORT"))),
-    }
-}
-
-/// Addresses of interfaces that can be a node's own: no loopback, no link-local.
-pub fn is_global(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(address) => !address.is_loopback() && !address.is_link_local() && !address.is_unspecified(),
-        IpAddr::V6(address) => !address.is_loopback() && !address.is_unicast_link_local() && !address.is_unspecified(),
     }
 }
 

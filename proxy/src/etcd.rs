@@ -201,7 +201,7 @@ impl Etcd {
     }
 
     /// Opens a watch stream with these first requests (a server need not answer before it has one) at the endpoint that
-    /// answered last; if that fails, the next try goes to another.
+    /// answered last. If that fails, [`Etcd::move_on`] before the next try.
     pub async fn watch(&self, first: Vec<WatchRequest>) -> Result<WatchStream, EtcdError> {
         let index = self.shared.current.load(Ordering::Relaxed);
         let (_, channel) = self.channel(index);
@@ -216,18 +216,12 @@ impl Etcd {
         let opened = tokio::time::timeout(CALL_TIMEOUT, client.watch(request)).await;
         match opened {
             Ok(Ok(response)) => Ok(WatchStream { requests, responses: response.into_inner() }),
-            Ok(Err(status)) => {
-                self.leave(index);
-                Err(self.unreachable(&status))
-            }
-            Err(_) => {
-                self.leave(index);
-                Err(self.unreachable(&Status::deadline_exceeded("no answer")))
-            }
+            Ok(Err(status)) => Err(self.unreachable(&status)),
+            Err(_) => Err(self.unreachable(&Status::deadline_exceeded("no answer"))),
         }
     }
 
-    /// The endpoint whose stream broke is not asked first next time.
+    /// The endpoint whose stream broke, or could not be opened, is not asked first next time.
     pub fn move_on(&self) {
         self.leave(self.shared.current.load(Ordering::Relaxed));
     }
