@@ -101,3 +101,9 @@ pub struct Event {
 pub(crate) fn logical_size(row: &[u8]) -> Result<u64, Fatal> {
     Ok(record::size(record::newest(row)?.1.len()))
 }
+
+/// How deep in its chain the record of a row is.
+#[cfg(test)]
+pub(crate) fn depth(row: &[u8]) -> Result<u64, Fatal> {
+    Ok(record::Header::decode(row)?.0.depth)
+}

@@ -4,16 +4,24 @@
 //! to the end (`range_end` "\0") or of an empty range overlaps nothing, and a delete in a *later* sibling Txn
 //! does not see the puts of an earlier one. So one revision can change a key twice, and the store must bear it.
 //!
+//! One check is ours alone: a Txn nested deeper than [`MAX_NESTING`] is refused, because what is decoded as a request must
+//! be decodable as a log entry too, one level deeper, and messages that nest beyond 100 are refused by the decoder. An
+//! entry that does not decode would stop every member.
+//!
 //! What it does not do: anything that depends on the store.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 
-use bytes::Bytes;
+use bytes::{BufMut, Bytes, BytesMut};
 use keelson_proto::etcdserverpb::range_request::{SortOrder, SortTarget};
 use keelson_proto::etcdserverpb::request_op::Request;
 use keelson_proto::etcdserverpb::{DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest};
 
 use crate::Error;
+
+/// Levels of Txn in a Txn, the outermost included. Each takes two levels of messages.
+pub const MAX_NESTING: usize = 40;
 
 pub fn validate_range(request: &RangeRequest) -> Result<(), Error> {
     if request.key.is_empty() {
@@ -44,7 +52,7 @@ pub fn validate_delete_range(request: &DeleteRangeRequest) -> Result<(), Error> 
 
 /// `max_ops` is `--max-txn-ops`.
 pub fn validate_txn(request: &TxnRequest, max_ops: usize) -> Result<(), Error> {
-    validate_ops(request, max_ops)?;
+    validate_ops(request, max_ops, 1)?;
     changes(&request.success)?;
     changes(&request.failure)?;
     Ok(())
@@ -56,9 +64,9 @@ pub fn is_read_only(request: &TxnRequest) -> bool {
     request.success.iter().chain(&request.failure).all(|op| matches!(op.request, Some(Request::RequestRange(_))))
 }
 
-fn validate_ops(request: &TxnRequest, max_ops: usize) -> Result<(), Error> {
+fn validate_ops(request: &TxnRequest, max_ops: usize, level: usize) -> Result<(), Error> {
     let ops = request.compare.len().max(request.success.len()).max(request.failure.len());
-    if ops > max_ops {
+    if ops > max_ops || level > MAX_NESTING {
         return Err(Error::TooManyOps);
     }
     if request.compare.iter().any(|compare| compare.key.is_empty()) {
@@ -69,7 +77,7 @@ fn validate_ops(request: &TxnRequest, max_ops: usize) -> Result<(), Error> {
             Some(Request::RequestRange(range)) => validate_range(range)?,
             Some(Request::RequestPut(put)) => validate_put(put)?,
             Some(Request::RequestDeleteRange(delete)) => validate_delete_range(delete)?,
-            Some(Request::RequestTxn(txn)) => validate_ops(txn, max_ops - ops)?,
+            Some(Request::RequestTxn(txn)) => validate_ops(txn, max_ops - ops, level + 1)?,
             None => return Err(Error::KeyNotFound),
         }
     }
@@ -80,15 +88,40 @@ fn validate_ops(request: &TxnRequest, max_ops: usize) -> Result<(), Error> {
 #[derive(Default)]
 struct Changes {
     puts: BTreeSet<Bytes>,
-    /// (first, end); an empty end is the key alone.
-    deletes: Vec<(Bytes, Bytes)>,
+    /// First key → end, merged so that no two overlap: requests choose how many there are.
+    deletes: BTreeMap<Bytes, Bytes>,
 }
 
 impl Changes {
+    fn delete(&mut self, request: &DeleteRangeRequest) {
+        if request.range_end.is_empty() {
+            let mut end = BytesMut::with_capacity(request.key.len() + 1);
+            end.put_slice(&request.key);
+            end.put_u8(0);
+            self.delete_keys(request.key.clone(), end.freeze());
+        } else {
+            self.delete_keys(request.key.clone(), request.range_end.clone());
+        }
+    }
+
+    fn delete_keys(&mut self, mut first: Bytes, mut end: Bytes) {
+        if first >= end {
+            return; // empty, or to the end of all keys: etcd sees no overlap either
+        }
+        while let Some((before, until)) = self.deletes.range(..=end.clone()).next_back()
+            && *until >= first
+        {
+            let before = before.clone();
+            end = end.max(until.clone());
+            first = first.min(before.clone());
+            self.deletes.remove(&before);
+        }
+        self.deletes.insert(first, end);
+    }
+
     fn deletes(&self, key: &[u8]) -> bool {
-        self.deletes.iter().any(|(first, end)| {
-            if end.is_empty() { first.as_ref() == key } else { first.as_ref() <= key && key < end.as_ref() }
-        })
+        let at_or_before = (Bound::Unbounded, Bound::Included(key));
+        self.deletes.range::<[u8], _>(at_or_before).next_back().is_some_and(|(_, end)| key < end.as_ref())
     }
 }
 
@@ -97,7 +130,7 @@ fn changes(ops: &[RequestOp]) -> Result<Changes, Error> {
     let mut all = Changes::default();
     for op in ops {
         if let Some(Request::RequestDeleteRange(delete)) = &op.request {
-            all.deletes.push((delete.key.clone(), delete.range_end.clone()));
+            all.delete(delete);
         }
     }
     for op in ops {
@@ -134,7 +167,77 @@ fn nested(all: &mut Changes, txn: &TxnRequest) -> Result<(), Error> {
     }
     all.puts.extend(then.puts);
     all.puts.extend(otherwise.puts);
-    all.deletes.extend(then.deletes);
-    all.deletes.extend(otherwise.deletes);
+    for (first, end) in then.deletes.into_iter().chain(otherwise.deletes) {
+        all.delete_keys(first, end);
+    }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use keelson_proto::etcdserverpb::InternalRaftRequest;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use prost::Message;
+
+    use super::*;
+
+    fn nested(levels: usize) -> TxnRequest {
+        let put = PutRequest { key: "k".into(), ..PutRequest::default() };
+        let mut txn = TxnRequest {
+            success: vec![RequestOp { request: Some(Request::RequestPut(put)) }],
+            ..TxnRequest::default()
+        };
+        for _ in 1..levels {
+            txn = TxnRequest {
+                success: vec![RequestOp { request: Some(Request::RequestTxn(txn)) }],
+                ..TxnRequest::default()
+            };
+        }
+        txn
+    }
+
+    #[test]
+    fn what_may_be_proposed_can_be_decoded_from_the_log() {
+        let deepest = nested(MAX_NESTING);
+        assert_eq!(validate_txn(&deepest, 128), Ok(()));
+        assert_eq!(validate_txn(&nested(MAX_NESTING + 1), 128), Err(Error::TooManyOps));
+        let entry = InternalRaftRequest { txn: Some(deepest), ..InternalRaftRequest::default() };
+        assert_eq!(InternalRaftRequest::decode(entry.encode_to_vec().as_slice()).unwrap(), entry);
+    }
+
+    #[test]
+    fn the_operations_of_a_level_are_its_longest_list() {
+        let get = RequestOp {
+            request: Some(Request::RequestRange(RangeRequest { key: "k".into(), ..RangeRequest::default() })),
+        };
+        let txn = TxnRequest { success: vec![get.clone(); 3], failure: vec![get; 5], ..TxnRequest::default() };
+        assert_eq!(validate_txn(&txn, 5), Ok(()));
+        assert_eq!(validate_txn(&txn, 4), Err(Error::TooManyOps));
+        assert!(is_read_only(&txn));
+        assert!(!is_read_only(&nested(2)));
+    }
+
+    proptest! {
+        /// However deletes overlap, the merged ones cover the same keys.
+        #[test]
+        fn merged_deletes_cover_what_the_deletes_cover(deletes in vec((vec(0..4u8, 1..3), vec(0..4u8, 0..3)), 0..12)) {
+            let mut changes = Changes::default();
+            for (key, end) in &deletes {
+                changes.delete(&DeleteRangeRequest {
+                    key: key.clone().into(),
+                    range_end: end.clone().into(),
+                    prev_kv: false,
+                });
+            }
+            for a in 0..4u8 {
+                for key in [vec![a], vec![a, 0], vec![a, 1], vec![a, 3], vec![a, 0, 0]] {
+                    let covered = deletes.iter().any(|(first, end)| {
+                        if end.is_empty() { *first == key } else { *first <= key && key < *end }
+                    });
+                    prop_assert_eq!(changes.deletes(&key), covered, "{:?}", key);
+                }
+            }
+        }
+    }
 }

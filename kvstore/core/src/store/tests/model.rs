@@ -297,6 +297,12 @@ fn check_tables(member: &mut TestMember, model: &Model) {
     let in_use: u64 = rows.iter().map(|(_, row)| crate::mvcc::logical_size(row).unwrap()).sum();
     let leases = model.leases.len() as i64 * quota::LEASE_COST;
     assert_eq!(member.store.facts().size_in_use, in_use as i64 + leases, "the sums are what the rows are");
+    // A mark for every 4th record of a chain, and none for a record that is gone. No operation here changes a key twice.
+    let marks = member.view().rows(Table::Old);
+    let mut marked: Vec<_> = marks.iter().map(|(key, value)| keys::decode_old(key, value).unwrap()).collect();
+    marked.sort();
+    let deep = rows.iter().filter(|(_, row)| crate::mvcc::depth(row).unwrap() % 4 == 0);
+    assert_eq!(marked, deep.map(|(key, _)| keys::decode_rev(key).unwrap()).collect::<Vec<_>>());
     let keys = member.view().rows(Table::Key);
     let needed = |key: &Bytes| {
         let newest = model.history[key].last().unwrap();

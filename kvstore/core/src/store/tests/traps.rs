@@ -1,5 +1,7 @@
 //! Schedules that must not happen (the reference's list of store traps, and etcd's own track record), each by name.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use keelson_proto::etcdserverpb::alarm_request::AlarmAction;
 use keelson_proto::etcdserverpb::request_op::Request;
 use keelson_proto::etcdserverpb::{AlarmType, RequestOp, TxnRequest};
@@ -174,6 +176,66 @@ fn a_compaction_that_overtakes_another_misses_no_row() {
     member.apply(&compact(4)).0.unwrap(); // before the first one is finished
     finish(&mut member);
     assert_eq!(member.view().rows(Table::Rev).len(), 1);
+}
+
+#[test]
+fn a_compaction_that_overtakes_another_in_the_middle_of_a_revision_misses_no_row() {
+    let mut member = fresh();
+    for k in ["a", "b"] {
+        member.apply(&put(k, "v")).0.unwrap(); // 2, 3
+    }
+    member.apply(&delete("a", "z")).0.unwrap(); // 4, twice
+    member.apply(&put("c", "v")).0.unwrap(); // 5
+    member.apply(&compact(4)).0.unwrap();
+    assert!(!member.slice(3).unwrap().finished, "it stands between the two tombstones of revision 4");
+    member.apply(&compact(5)).0.unwrap();
+    finish(&mut member);
+    assert_eq!(member.view().rows(Table::Rev).len(), 1);
+}
+
+/// A view that counts how often it is asked.
+#[derive(Clone)]
+struct Counting(MemoryView, Arc<AtomicUsize>);
+
+impl ReadView for Counting {
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, Fatal> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        ReadView::get(&self.0, table, key)
+    }
+
+    fn scan(
+        &self,
+        table: Table,
+        range: crate::backend::Range<'_>,
+        direction: crate::backend::Direction,
+        visit: &mut crate::backend::Visit<'_>,
+    ) -> Result<(), Fatal> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        ReadView::scan(&self.0, table, range, direction, visit)
+    }
+}
+
+/// Pointers alone would be quadratic: 5 us a hop (storage-measurements 5.1).
+#[test]
+fn any_version_of_a_long_chain_is_a_few_reads_away() {
+    let mut member = fresh();
+    for n in 0..200 {
+        if n % 3 == 2 {
+            member.apply(&delete("k", "")).0.unwrap(); // versions restart, the chain does not
+        } else {
+            member.apply(&put("k", "v")).0.unwrap();
+        }
+    }
+    let reads = |revision| {
+        let view = Counting(member.view(), Arc::default());
+        crate::mvcc::range(&view, member.store.facts().bounds(), &range("k", "", revision)).unwrap();
+        view.1.load(Ordering::Relaxed)
+    };
+    assert_eq!(reads(0), 1, "the newest is one get");
+    assert_eq!(reads(member.store.facts().revision - 1), 2, "the one before it is a pointer away");
+    for revision in 2..=200 {
+        assert!(reads(revision) <= 7, "{} reads at {revision}", reads(revision));
+    }
 }
 
 /// etcd #17780: the tail revision was compacted away, and a restart went back.
