@@ -301,7 +301,7 @@ fn check_tables(member: &mut TestMember, model: &Model) {
     let marks = member.view().rows(Table::Old);
     let mut marked: Vec<_> = marks.iter().map(|(key, value)| keys::decode_old(key, value).unwrap()).collect();
     marked.sort();
-    let deep = rows.iter().filter(|(_, row)| crate::mvcc::depth(row).unwrap() % 4 == 0);
+    let deep = rows.iter().filter(|(_, row)| crate::mvcc::depth(row).unwrap().is_multiple_of(4));
     assert_eq!(marked, deep.map(|(key, _)| keys::decode_rev(key).unwrap()).collect::<Vec<_>>());
     let keys = member.view().rows(Table::Key);
     let needed = |key: &Bytes| {
