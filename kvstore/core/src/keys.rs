@@ -213,6 +213,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
         /// Marks stand in the order of (key, newest first), and no other key's between them.
         #[test]
         fn marks_stand_in_order(a in (user_key(), 1..4i64), b in (user_key(), 1..4i64), same in any::<bool>()) {

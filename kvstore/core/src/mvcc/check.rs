@@ -219,6 +219,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
         /// However deletes overlap, the merged ones cover the same keys.
         #[test]
         fn merged_deletes_cover_what_the_deletes_cover(deletes in vec((vec(0..4u8, 1..3), vec(0..4u8, 0..3)), 0..12)) {

@@ -194,6 +194,8 @@ mod tests {
     use super::*;
 
     proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
         #[test]
         fn a_record_comes_back_and_its_bytes_are_those_of_the_wire(
             previous in (0..i64::MAX, 0..i64::from(u32::MAX)),
