@@ -64,6 +64,11 @@ impl Watcher {
         message.await.expect("a response in time")?.ok_or_else(|| Status::ok("the stream ended"))
     }
 
+    /// The next response, or `None` if the stream ended or nothing came for `limit`.
+    pub async fn next_within(&mut self, limit: Duration) -> Option<Result<WatchResponse, Status>> {
+        tokio::time::timeout(limit, self.responses.message()).await.ok()?.transpose()
+    }
+
     /// The next response of a stream that has to go on.
     pub async fn response(&mut self) -> WatchResponse {
         self.next().await.expect("the stream goes on")

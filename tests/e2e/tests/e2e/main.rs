@@ -24,6 +24,7 @@ mod command_line;
 mod crash;
 mod endpoints;
 mod errors;
+mod history;
 mod kube;
 mod kv;
 mod lease;
