@@ -391,12 +391,15 @@ impl WatchHub {
         !self.queue.is_empty()
     }
 
-    /// A slice for those whose turn it is. The caller reads it outside the lock, and hands it to [`finish`](WatchHub::finish); if
-    /// reading fails the member is broken, and nothing has to be finished.
+    /// A slice for those whose turn it is; `None`: nobody is left. The caller reads it outside the lock, and hands it to
+    /// [`finish`](WatchHub::finish); if reading fails the member is broken, and nothing has to be finished.
     pub fn next_catch_up(&mut self) -> Option<CatchUp> {
         let mut slice: Option<CatchUp> = None;
-        for _ in 0..self.queue.len().min(4 * self.limits.catch_up_watchers) {
+        // Once there is a slice, so many are looked at that might share it; until then, as many as it takes.
+        let mut looks = self.queue.len().min(4 * self.limits.catch_up_watchers);
+        while slice.is_none() || looks > 0 {
             let Some(key) = self.queue.pop_front() else { break };
+            looks = looks.saturating_sub(1);
             let Some(watcher) = self.watchers.get_mut(&key) else { continue };
             if watcher.place != Place::Queued {
                 continue;

@@ -144,7 +144,10 @@ impl World {
                 }
             }
             Op::Take { stream, max } => self.take(stream, max),
-            Op::Slice => self.slices.extend(self.hub.next_catch_up().map(|slice| (slice, false))),
+            Op::Slice => match self.hub.next_catch_up() {
+                Some(slice) => self.slices.push((slice, false)),
+                None => assert!(!self.hub.has_catch_up(), "the pump would go to sleep with work left"),
+            },
             Op::Read => {
                 for (slice, read) in self.slices.iter_mut().filter(|(_, read)| !*read) {
                     slice.read(&self.store.view(), self.store.bounds()).unwrap();
