@@ -197,7 +197,13 @@ fn judged(kind: Kind, disturb: impl FnOnce(&mut Cluster, &Shared)) {
             });
         })
     };
-    let watchers: Vec<_> = urls.iter().cloned().map(|url| std::thread::spawn(|| rpc::run(watch_all(url)))).collect();
+    let watchers: Vec<_> = urls
+        .iter()
+        .map(|url| {
+            let url = url.clone();
+            std::thread::spawn(|| rpc::run(watch_all(url)))
+        })
+        .collect();
 
     shared.wait_for(PROGRESS);
     disturb(&mut cluster, &shared);
