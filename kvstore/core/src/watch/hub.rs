@@ -175,13 +175,7 @@ impl WatchHub {
     /// Forgets the stream, its watchers and what it had not taken yet.
     pub fn close(&mut self, stream: StreamId) {
         if let Some(session) = self.sessions.remove(&stream) {
-            for key in session.watchers.into_values() {
-                if let Some(watcher) = self.watchers.remove(&key)
-                    && watcher.place == Place::Synced
-                {
-                    self.synced.remove(&watcher.interest.span, key);
-                }
-            }
+            session.watchers.into_values().for_each(|key| drop(self.forget(key)));
         }
     }
 
@@ -240,18 +234,22 @@ impl WatchHub {
         }
     }
 
-    /// Cancels a watcher and says so; an unknown id gets no answer.
+    /// Cancels a watcher and says so; an unknown id gets no answer. One that a compaction ended keeps its id until then.
     pub fn cancel(&mut self, stream: StreamId, watch_id: i64) {
-        let Some(key) = self.sessions.get(&stream).and_then(|session| session.watchers.get(&watch_id)) else { return };
-        self.remove(*key, Frame { watch_id, revision: self.revision, canceled: true, ..Frame::default() });
+        let Some(session) = self.sessions.get_mut(&stream) else { return };
+        let Some(key) = session.watchers.remove(&watch_id) else { return };
+        session.blocked.remove(&key);
+        session.push(Frame { watch_id, revision: self.revision, canceled: true, ..Frame::default() });
+        self.forget(key);
     }
 
     /// Reports the progress of the whole stream, if all its watchers are synced and have reached their start; else the client
     /// has to ask again.
     pub fn request_progress(&mut self, stream: StreamId) {
         let Some(session) = self.sessions.get_mut(&stream) else { return };
-        let reached = session.watchers.values().all(|key| self.watchers[key].has_progress(self.revision));
-        if reached && !session.watchers.is_empty() && !session.is_full(&self.limits) {
+        let mut live = session.watchers.values().filter_map(|key| self.watchers.get(key)).peekable();
+        let reached = live.peek().is_some() && live.all(|watcher| watcher.has_progress(self.revision));
+        if reached && !session.is_full(&self.limits) {
             session.push(Frame { watch_id: NO_WATCH, revision: self.revision, ..Frame::default() });
         }
     }
@@ -530,22 +528,22 @@ impl WatchHub {
         wakes.pop()
     }
 
+    /// Ends a watcher that needs what is gone. Its id stays taken until the client cancels it, as in etcd.
     fn cancel_compacted(&mut self, key: WatcherKey, compact_revision: i64) -> Option<StreamId> {
-        let watch_id = self.watchers.get(&key)?.id;
-        self.remove(key, Frame { watch_id, canceled: true, compact_revision, ..Frame::default() })
+        let watcher = self.forget(key)?;
+        let session = self.sessions.get_mut(&watcher.stream)?;
+        session.blocked.remove(&key);
+        session.push(Frame { watch_id: watcher.id, canceled: true, compact_revision, ..Frame::default() });
+        Some(watcher.stream)
     }
 
-    /// Ends a watcher with a last frame.
-    fn remove(&mut self, key: WatcherKey, last: Frame) -> Option<StreamId> {
+    /// Takes a watcher out of the hub, but for its session.
+    fn forget(&mut self, key: WatcherKey) -> Option<Watcher> {
         let watcher = self.watchers.remove(&key)?;
         if watcher.place == Place::Synced {
             self.synced.remove(&watcher.interest.span, key);
         }
-        let session = self.sessions.get_mut(&watcher.stream)?;
-        session.watchers.remove(&watcher.id);
-        session.blocked.remove(&key);
-        session.push(last);
-        Some(watcher.stream)
+        Some(watcher)
     }
 }
 

@@ -18,7 +18,7 @@ const FRAME_BYTES: usize = 64;
 pub(super) struct Session {
     queue: VecDeque<Frame>,
     bytes: usize,
-    /// By the id on the wire.
+    /// By the id on the wire. Those that a compaction ended are here, and no longer in the hub.
     pub(super) watchers: BTreeMap<i64, WatcherKey>,
     /// Where the search for the next automatic id begins.
     next_id: i64,

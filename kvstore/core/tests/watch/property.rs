@@ -89,11 +89,8 @@ struct Seen {
     request: WatchCreateRequest,
     /// The first revision that it is owed.
     start: i64,
-    /// Everything below was delivered, as far as the client can tell.
-    cursor: i64,
     events: Vec<mvccpb::Event>,
     in_fragments: bool,
-    lost: Option<i64>,
 }
 
 #[derive(Default)]
@@ -102,6 +99,8 @@ struct Client {
     /// Creations without an answer yet, in order.
     asked: Vec<WatchCreateRequest>,
     watches: BTreeMap<i64, Seen>,
+    /// Watches that a compaction ended, until the client cancels them as well.
+    lost: BTreeMap<i64, Seen>,
     /// Watches that were canceled at the client's wish, which may still be owed what came before: only a prefix is checked.
     ended: Vec<Seen>,
 }
@@ -268,12 +267,9 @@ impl World {
             assert!(client.asked.is_empty(), "a creation without an answer");
             for seen in client.watches.values() {
                 seen.check_prefix(&self.history);
-                match seen.lost {
-                    Some(compacted) => assert!(seen.cursor < compacted, "cancelled without need: {seen:?}"),
-                    None => assert_eq!(seen.events.len(), seen.owed(&self.history, i64::MAX).len(), "{seen:?}"),
-                }
+                assert_eq!(seen.events.len(), seen.owed(&self.history, i64::MAX).len(), "{seen:?}");
             }
-            client.ended.iter().for_each(|seen| seen.check_prefix(&self.history));
+            client.ended.iter().chain(client.lost.values()).for_each(|seen| seen.check_prefix(&self.history));
         }
     }
 
@@ -290,24 +286,26 @@ impl Client {
             let request = self.asked.remove(0);
             assert!(!frame.canceled, "nothing asked for here is refused");
             let start = if request.start_revision == 0 { frame.revision + 1 } else { request.start_revision };
-            let seen = Seen { request, start, cursor: start, events: Vec::new(), in_fragments: false, lost: None };
+            let seen = Seen { request, start, events: Vec::new(), in_fragments: false };
             assert!(self.watches.insert(frame.watch_id, seen).is_none());
         } else if frame.canceled {
-            let mut seen = self.watches.remove(&frame.watch_id).expect("canceled once, after it was created");
+            let live = self.watches.remove(&frame.watch_id);
             if frame.compact_revision == 0 {
-                self.ended.push(seen);
+                let seen = live.or_else(|| self.lost.remove(&frame.watch_id));
+                self.ended.push(seen.expect("canceled once, after it was created"));
                 return;
             }
             assert_eq!((frame.revision, frame.cancel_reason.as_str()), (0, ""));
             assert!(frame.compact_revision <= compacted);
-            seen.lost = Some(frame.compact_revision);
+            let seen = live.expect("lost once, after it was created");
             // All that was owed up to its last event was delivered; it must really need something that is gone.
-            seen.cursor = seen.events.last().map_or(seen.start, |event| event.kv.as_ref().unwrap().mod_revision + 1);
-            self.watches.insert(-1 - frame.watch_id - 1_000_000 * self.watches.len() as i64, seen);
+            let cursor = seen.events.last().map_or(seen.start, |event| event.kv.as_ref().unwrap().mod_revision + 1);
+            assert!(cursor < frame.compact_revision, "cancelled without need: {seen:?}");
+            assert!(self.lost.insert(frame.watch_id, seen).is_none());
         } else if frame.events.is_empty() {
             // Progress: everything up to there must have come already.
             for (id, seen) in &self.watches {
-                if seen.lost.is_none() && (frame.watch_id == -1 || frame.watch_id == *id) {
+                if frame.watch_id == -1 || frame.watch_id == *id {
                     assert!(frame.revision >= seen.request.start_revision, "progress before the start");
                     assert_eq!(seen.events.len(), seen.owed(history, frame.revision).len(), "progress lies: {seen:?}");
                 }

@@ -7,7 +7,10 @@ use e2e::watcher::spell;
 use e2e::{Cluster, Kind, Watcher};
 use keelson_proto::etcdserverpb::request_op::Request;
 use keelson_proto::etcdserverpb::watch_create_request::FilterType;
-use keelson_proto::etcdserverpb::{DeleteRangeRequest, RequestOp, TxnRequest, WatchCreateRequest, WatchResponse};
+use keelson_proto::etcdserverpb::watch_request::RequestUnion;
+use keelson_proto::etcdserverpb::{
+    DeleteRangeRequest, RequestOp, TxnRequest, WatchCreateRequest, WatchRequest, WatchResponse,
+};
 
 on_both!(
     from_now_on,
@@ -24,6 +27,9 @@ on_both!(
     asked_for_progress,
     unasked_progress,
     fragments,
+    after_a_compaction,
+    closed_on_one_side,
+    slow_readers,
     across_a_restart,
 );
 
@@ -325,6 +331,60 @@ fn fragments(kind: Kind) {
         assert_eq!(revisions, [2, 3, 4, 5, 6, 7]);
         let mut whole = open(rpc, from(1, watch_prefix("k"))).await;
         assert_eq!(whole.response().await.events.len(), 6, "who did not ask for pieces gets one");
+    });
+}
+
+/// What a stream says of a watch that ended because its history is gone.
+fn after_a_compaction(kind: Kind) {
+    on_one(kind, &[], async |rpc| {
+        for value in ["1", "2", "3"] {
+            rpc.put("k", value).await.unwrap();
+        }
+        rpc.compact(4).await.unwrap();
+        let mut watcher = open(rpc, from(2, WatchCreateRequest { watch_id: 7, ..watch("k") })).await;
+        assert_eq!(watcher.response().await.compact_revision, 4);
+        let again = WatchCreateRequest { watch_id: 7, ..watch("k") };
+        watcher.create(again.clone()).await;
+        assert_eq!(watcher.response().await.watch_id, -1, "its id is still taken");
+        watcher.cancel(7).await;
+        let canceled = watcher.response().await;
+        assert_eq!((canceled.watch_id, canceled.canceled, canceled.compact_revision), (7, true, 0));
+        watcher.create(again).await;
+        let created = watcher.response().await;
+        assert_eq!((created.watch_id, created.created, created.canceled), (7, true, false));
+    });
+}
+
+fn closed_on_one_side(kind: Kind) {
+    on_one(kind, &[], async |rpc| {
+        let create = WatchRequest { request_union: Some(RequestUnion::CreateRequest(watch("k"))) };
+        let mut responses = rpc.watch.watch(tokio_stream::once(create)).await.unwrap().into_inner();
+        assert!(responses.message().await.unwrap().unwrap().created);
+        rpc.put("k", "v").await.unwrap();
+        let response = responses.message().await.unwrap().unwrap();
+        assert_eq!(spell(&response), ["put k=v @2"], "a client that says no more goes on listening");
+    });
+}
+
+/// Who does not read for a while misses nothing, and holds up nobody.
+fn slow_readers(kind: Kind) {
+    on_one(kind, &[], async |rpc| {
+        let mut slow = open(rpc, watch("k")).await;
+        let mut quick = open(rpc, watch("k")).await;
+        let value = "x".repeat(100_000);
+        for revision in 2..302 {
+            rpc.put("k", &value).await.unwrap();
+            assert_eq!(quick.response().await.events[0].kv.as_ref().unwrap().mod_revision, revision);
+        }
+        let mut next = 2;
+        while next < 302 {
+            for event in slow.response().await.events {
+                assert_eq!(event.kv.unwrap().mod_revision, next);
+                next += 1;
+            }
+        }
+        slow.ask_progress().await;
+        assert_eq!(revision(&slow.response().await), 301);
     });
 }
 
