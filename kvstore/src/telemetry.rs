@@ -48,14 +48,15 @@ where
         let ts = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%S%.6fZ").to_string();
         let caller = format!("{}:{}", metadata.file().unwrap_or("unknown"), metadata.line().unwrap_or(0));
         match self.format {
+            // Written field by field: readers of etcd's log expect `level` first and the event's own fields last.
             LogFormat::Json => {
-                let mut line = Map::new();
-                line.insert("level".to_owned(), level.into());
-                line.insert("ts".to_owned(), ts.into());
-                line.insert("caller".to_owned(), caller.into());
-                line.insert("msg".to_owned(), fields.message.into());
-                line.extend(fields.rest);
-                writeln!(writer, "{}", Value::Object(line))
+                let text = |s: &str| Value::from(s).to_string();
+                write!(writer, "{{\"level\":{},\"ts\":{},\"caller\":{}", text(&level), text(&ts), text(&caller))?;
+                write!(writer, ",\"msg\":{}", text(&fields.message))?;
+                for (name, value) in &fields.rest {
+                    write!(writer, ",{}:{value}", text(name))?;
+                }
+                writeln!(writer, "}}")
             }
             LogFormat::Console if fields.rest.is_empty() => {
                 writeln!(writer, "{ts}\t{level}\t{caller}\t{}", fields.message)
