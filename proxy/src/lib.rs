@@ -37,7 +37,8 @@ use tracing_subscriber::util::SubscriberInitExt;
 use crate::cli::CliError;
 use crate::config::{Command, FileConfig, StoreConfig};
 use crate::etcd::Etcd;
-use crate::nft::Nft;
+use crate::nft::kernel::KernelError;
+use crate::nft::{Nft, NftError};
 
 /// How long a verb waits for a store that does not answer.
 const VERB_PATIENCE: Duration = Duration::from_secs(10);
@@ -95,6 +96,9 @@ fn log_to_stderr(verbosity: u8) {
 fn clean_up() -> ExitCode {
     match Nft::open().and_then(|mut nft| nft.cleanup()) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error @ NftError::Kernel(KernelError::Owned { .. })) => {
+            fail(&format!("nftables: {error}: is keelson-proxy still running?"))
+        }
         Err(error) => fail(&format!("nftables: {error}")),
     }
 }

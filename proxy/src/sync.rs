@@ -420,3 +420,152 @@ fn sweep(conntrack: &mut Conntrack, metrics: &Metrics) {
         Err(error) => tracing::warn!(%error, "cannot look for stale UDP flows"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nft::fake::FakeKernel;
+    use proxy_core::dataplane::Dataplane;
+    use proxy_core::model::Family;
+    use proxy_core::model::manifest::{self, Object};
+
+    fn syncer() -> Syncer<FakeKernel> {
+        let told = Told { health: Arc::new(Health::new(SystemTime::now())), metrics: Arc::new(Metrics::default()) };
+        Syncer::new(NodeConfig::new("n1"), Nft::new(FakeKernel::default()), told)
+    }
+
+    fn changes(yaml: &str) -> Vec<Change> {
+        let value: serde_norway::Value = serde_norway::from_str(yaml).unwrap();
+        let objects = manifest::objects(1, &value).unwrap().into_iter();
+        let change = |object| match object {
+            Object::Service(service) => Change::ServiceSet(service.to_model(&mut Vec::new())),
+            Object::EndpointSlice(slice) => Change::SliceSet(slice.to_model(&mut Vec::new()).unwrap()),
+            Object::Node(node) => Change::NodeSet(node.to_model(&mut Vec::new())),
+            other => panic!("{other:?}"),
+        };
+        objects.map(change).collect()
+    }
+
+    fn web(endpoint: &str) -> Vec<Change> {
+        changes(&format!(
+            "
+apiVersion: v1
+kind: List
+items:
+- {{apiVersion: v1, kind: Service, metadata: {{name: web}}, spec: {{clusterIP: 10.96.0.9, ports: [{{port: 80}}]}}}}
+- apiVersion: discovery.k8s.io/v1
+  kind: EndpointSlice
+  metadata: {{name: web-1, labels: {{kubernetes.io/service-name: web}}}}
+  addressType: IPv4
+  ports: [{{port: 8080}}]
+  endpoints: [{{addresses: [{endpoint}]}}]
+"
+        ))
+    }
+
+    fn listed(changes: Vec<Change>) -> Update {
+        Update::Listed(Box::new(Listing { changes, ..Listing::default() }))
+    }
+
+    /// What packets would meet.
+    fn serving(syncer: &mut Syncer<FakeKernel>) -> Vec<String> {
+        let listing = syncer.nft.listing().unwrap().into_iter();
+        listing.map(|listed| format!("{:?} {:?}", listed.address.unwrap(), listed.answer)).collect()
+    }
+
+    fn batches(syncer: &mut Syncer<FakeKernel>) -> usize {
+        syncer.nft.kernel().batches.len()
+    }
+
+    #[test]
+    fn nothing_is_written_before_everything_was_listed() {
+        let mut syncer = syncer();
+        syncer.take(Update::Changed(web("10.1.0.1")));
+        syncer.take_addresses(vec!["192.0.2.1".parse().unwrap()]);
+        let now = Instant::now();
+        assert_eq!(syncer.next_due(now), None);
+        assert!(syncer.step(now).is_empty());
+        assert_eq!(batches(&mut syncer), 0);
+        syncer.take(listed(web("10.1.0.1")));
+        assert_eq!(syncer.next_due(now), Some(now), "the first change goes at once");
+        syncer.step(now);
+        assert_eq!(serving(&mut syncer), ["10.96.0.9 Endpoints([10.1.0.1:8080])"]);
+    }
+
+    #[test]
+    fn changes_within_the_window_are_one_batch() {
+        let mut syncer = syncer();
+        syncer.take(listed(web("10.1.0.1")));
+        syncer.step(Instant::now());
+        let before = batches(&mut syncer);
+        let now = Instant::now();
+        for endpoint in ["10.1.0.2", "10.1.0.3"] {
+            syncer.take(Update::Changed(web(endpoint)));
+            syncer.step(now);
+        }
+        assert_eq!(batches(&mut syncer), before);
+        let due = syncer.next_due(now).unwrap();
+        assert!(due > now && due <= now + LONGEST_WINDOW, "{:?}", due - now);
+        syncer.step(due);
+        assert_eq!(batches(&mut syncer), before + 1);
+        assert_eq!(serving(&mut syncer), ["10.96.0.9 Endpoints([10.1.0.3:8080])"]);
+        assert_eq!(syncer.next_due(due).filter(|next| *next <= due), None, "all is done");
+    }
+
+    #[test]
+    fn a_refusal_is_retried_and_loses_no_change() {
+        let mut syncer = syncer();
+        syncer.take(listed(web("10.1.0.1")));
+        syncer.step(Instant::now());
+        let owner = syncer.nft.kernel().owner_id();
+        syncer.nft.kernel().tables.get_mut(&Family::V4).unwrap().own_by(owner + 7);
+        syncer.take(Update::Changed(web("10.1.0.2")));
+        let due = syncer.next_due(Instant::now()).unwrap();
+        syncer.step(due);
+        let again = syncer.next_due(due).expect("it is tried again");
+        assert!(again > due);
+        syncer.take(Update::Changed(web("10.1.0.3")));
+        syncer.step(again);
+        assert!(syncer.next_due(again).unwrap() > again, "still refused");
+        syncer.nft.kernel().tables.get_mut(&Family::V4).unwrap().own_by(owner);
+        let at_last = syncer.next_due(again).unwrap();
+        syncer.step(at_last);
+        assert_eq!(serving(&mut syncer), ["10.96.0.9 Endpoints([10.1.0.3:8080])"]);
+        assert!(syncer.told.metrics.render().contains("nftables_sync_failures_total{ip_family=\"IPv4\"} 2\n"));
+    }
+
+    #[test]
+    fn a_second_listing_removes_what_it_lacks_and_keeps_what_could_not_be_read() {
+        let mut syncer = syncer();
+        let mut all = web("10.1.0.1");
+        let spec = "{clusterIP: 10.96.0.10, ports: [{port: 80}]}";
+        all.extend(changes(&format!("{{apiVersion: v1, kind: Service, metadata: {{name: old}}, spec: {spec}}}")));
+        syncer.take(listed(all));
+        syncer.step(Instant::now());
+        assert_eq!(serving(&mut syncer).len(), 2);
+        let slice = web("10.1.0.1").pop().unwrap();
+        let web = NamespacedName::new("default", "web");
+        let unreadable = vec![(Kind::Service, web)];
+        let listing = Listing { changes: vec![slice], unreadable, ..Listing::default() };
+        syncer.take(Update::Listed(Box::new(listing)));
+        let due = syncer.next_due(Instant::now()).unwrap();
+        syncer.step(due);
+        assert_eq!(serving(&mut syncer), ["10.96.0.9 Endpoints([10.1.0.1:8080])"]);
+    }
+
+    #[test]
+    fn without_a_node_object_the_interfaces_tell_the_nodes_addresses() {
+        let mut syncer = syncer();
+        syncer.take_addresses(["127.0.0.1", "192.0.2.1", "fe80::1"].map(|ip| ip.parse().unwrap()).to_vec());
+        syncer.take(listed(Vec::new()));
+        syncer.step(Instant::now());
+        let answering = |dataplane: &Dataplane| format!("{}", dataplane.node);
+        assert!(answering(syncer.planner.dataplane()).contains("node ports: 192.0.2.1\n"));
+        let node = "{apiVersion: v1, kind: Node, metadata: {name: n1}, \
+                    status: {addresses: [{type: InternalIP, address: 192.0.2.7}]}}";
+        syncer.take(Update::Changed(changes(node)));
+        let due = syncer.next_due(Instant::now()).unwrap();
+        syncer.step(due);
+        assert!(answering(syncer.planner.dataplane()).contains("node ports: 192.0.2.7\n"));
+    }
+}

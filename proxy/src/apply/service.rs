@@ -442,3 +442,152 @@ fn give_ports(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::apply::allocate::AddressBlock;
+    use proxy_core::model::manifest::{self, Object};
+
+    fn pool(nets: &[&str]) -> Pool {
+        let blocks = nets.iter().map(|net| AddressBlock::new(net.parse().unwrap())).collect();
+        Pool { addresses: Addresses::new(blocks), ports: Ports::new(30000, 32767) }
+    }
+
+    fn v4() -> Pool {
+        pool(&["10.96.0.0/12"])
+    }
+
+    fn dual() -> Pool {
+        pool(&["10.96.0.0/12", "fd00:10:96::/112"])
+    }
+
+    fn written(spec: &str) -> k8s::Service {
+        let yaml = format!("{{apiVersion: v1, kind: Service, metadata: {{name: web}}, spec: {spec}}}");
+        let value: serde_norway::Value = serde_norway::from_str(&yaml).unwrap();
+        match manifest::objects(1, &value).unwrap().remove(0) {
+            Object::Service(service) => *service,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn settled(
+        spec: &str,
+        before: Option<&k8s::Service>,
+        pool: &mut Pool,
+    ) -> Result<(k8s::ServiceSpec, Taken), String> {
+        let mut service = written(spec);
+        let taken = settle(&mut service, before, pool, &mut || 0).map_err(|refusal| refusal.to_string())?;
+        Ok((service.spec, taken))
+    }
+
+    fn after(spec: &str, before: &str, pool: &mut Pool) -> Result<(k8s::ServiceSpec, Taken), String> {
+        let mut old = written(before);
+        settle(&mut old, None, pool, &mut || 0).unwrap();
+        settled(spec, Some(&old), pool)
+    }
+
+    #[test]
+    fn a_new_service_gets_what_it_does_not_ask_for() {
+        let (spec, taken) = settled("{type: NodePort, ports: [{port: 80}]}", None, &mut v4()).unwrap();
+        assert_eq!((spec.cluster_ip.as_str(), &*spec.cluster_ips), ("10.96.1.1", &["10.96.1.1".to_owned()][..]));
+        assert_eq!(spec.ip_families, ["IPv4"]);
+        assert_eq!(spec.ip_family_policy.as_deref(), Some("SingleStack"));
+        assert_eq!(spec.ports[0].node_port, 30086);
+        assert_eq!(taken.addresses, ["10.96.1.1".parse::<IpAddr>().unwrap()]);
+        assert_eq!(taken.ports, [30086]);
+    }
+
+    #[test]
+    fn families_follow_the_policy() {
+        let families = |spec: &str, pool: &mut Pool| {
+            settled(spec, None, pool).map(|(spec, _)| (spec.ip_families.join(","), spec.cluster_ips.join(",")))
+        };
+        let ports = "ports: [{port: 80}]";
+        let prefer = format!("{{ipFamilyPolicy: PreferDualStack, {ports}}}");
+        assert_eq!(families(&prefer, &mut v4()).unwrap(), ("IPv4".into(), "10.96.1.1".into()));
+        assert_eq!(families(&prefer, &mut dual()).unwrap(), ("IPv4,IPv6".into(), "10.96.1.1,fd00:10:96::101".into()));
+        let six = format!("{{ipFamilies: [IPv6], {ports}}}");
+        assert_eq!(families(&six, &mut dual()).unwrap(), ("IPv6".into(), "fd00:10:96::101".into()));
+        let asked = format!("{{clusterIP: 'fd00:10:96::7', {ports}}}");
+        assert_eq!(families(&asked, &mut dual()).unwrap(), ("IPv6".into(), "fd00:10:96::7".into()));
+        let headless = format!("{{clusterIP: None, {ports}}}");
+        assert_eq!(families(&headless, &mut v4()).unwrap(), ("IPv4,IPv6".into(), "None".into()));
+        let require = format!("{{ipFamilyPolicy: RequireDualStack, {ports}}}");
+        assert_eq!(
+            families(&require, &mut v4()).unwrap_err(),
+            "spec.ipFamilyPolicy: Invalid value: \"RequireDualStack\": \
+             this cluster is not configured for dual-stack services"
+        );
+        assert_eq!(
+            families(&six, &mut v4()).unwrap_err(),
+            "spec.ipFamilies[0]: Invalid value: \"IPv6\": not configured on this cluster"
+        );
+        let two = format!("{{ipFamilies: [IPv4, IPv6], {ports}}}");
+        assert!(families(&two, &mut dual()).unwrap_err().contains("when multiple IP families are specified"));
+    }
+
+    #[test]
+    fn an_update_keeps_what_was_given_and_gives_back_what_is_superfluous() {
+        let before = "{type: NodePort, ports: [{name: a, port: 80}, {name: b, port: 81}]}";
+        let mut pool = v4();
+        let (spec, taken) = after("{type: NodePort, ports: [{name: b, port: 82}]}", before, &mut pool).unwrap();
+        assert_eq!((spec.cluster_ip.as_str(), spec.ports[0].node_port), ("10.96.1.1", 30087));
+        assert_eq!(taken, Taken { ports_back: vec![30086], ..Taken::default() });
+        let (spec, taken) = after("{ports: [{name: a, port: 80}]}", before, &mut v4()).unwrap();
+        assert_eq!((spec.cluster_ip.as_str(), spec.ports[0].node_port), ("10.96.1.1", 0));
+        assert_eq!(taken.ports_back, [30086, 30087]);
+        let (spec, taken) = after("{type: ExternalName, externalName: example.com}", before, &mut v4()).unwrap();
+        assert_eq!((spec.cluster_ip.as_str(), spec.cluster_ips.len()), ("", 0));
+        assert_eq!(taken.addresses_back, ["10.96.1.1".parse::<IpAddr>().unwrap()]);
+        let refused = after("{clusterIP: 10.96.0.9, ports: [{port: 80}]}", "{ports: [{port: 80}]}", &mut v4());
+        assert_eq!(refused.unwrap_err(), "spec.clusterIPs[0]: Invalid value: [\"10.96.0.9\"]: may not change once set");
+    }
+
+    #[test]
+    fn a_second_family_comes_and_goes_with_the_policy() {
+        let (single, ports) = ("{ports: [{port: 80}]}", "ports: [{port: 80}]");
+        let (spec, taken) =
+            after(&format!("{{ipFamilyPolicy: RequireDualStack, {ports}}}"), single, &mut dual()).unwrap();
+        assert_eq!(spec.cluster_ips, ["10.96.1.1", "fd00:10:96::101"]);
+        assert_eq!(taken.addresses.len(), 1);
+        let both = format!("{{ipFamilyPolicy: PreferDualStack, {ports}}}");
+        let (spec, taken) = after(&format!("{{ipFamilyPolicy: SingleStack, {ports}}}"), &both, &mut dual()).unwrap();
+        assert_eq!((spec.cluster_ips.len(), spec.ip_families.len()), (1, 1));
+        assert_eq!(taken.addresses_back, ["fd00:10:96::101".parse::<IpAddr>().unwrap()]);
+        let (spec, _) = after(single, &both, &mut dual()).unwrap();
+        assert_eq!(spec.ip_family_policy.as_deref(), Some("PreferDualStack"), "not mentioned, so kept");
+        assert_eq!(spec.cluster_ips.len(), 2);
+    }
+
+    #[test]
+    fn ports_of_one_number_share_a_node_port_and_health_checks_have_their_own() {
+        let dns = "ports: [{name: u, port: 53, protocol: UDP}, {name: t, port: 53}]";
+        let lb = format!("{{type: LoadBalancer, externalTrafficPolicy: Local, {dns}}}");
+        let (spec, taken) = settled(&lb, None, &mut v4()).unwrap();
+        assert_eq!((spec.ports[0].node_port, spec.ports[1].node_port), (30086, 30086));
+        assert_eq!(spec.health_check_node_port, 30087);
+        assert_eq!(taken.ports, [30086, 30087]);
+        let none = format!("{{type: LoadBalancer, allocateLoadBalancerNodePorts: false, {dns}}}");
+        let (spec, taken) = settled(&none, None, &mut v4()).unwrap();
+        assert_eq!((spec.ports[0].node_port, taken.ports.len()), (0, 0));
+        let (spec, taken) = after(&lb.replace("Local", "Cluster"), &lb, &mut v4()).unwrap();
+        assert_eq!((spec.health_check_node_port, &*taken.ports_back), (0, &[30087][..]));
+    }
+
+    #[test]
+    fn what_is_refused_takes_nothing() {
+        let mut pool = v4();
+        pool.ports.request(30080).unwrap();
+        let refused = settled("{type: NodePort, ports: [{port: 80, nodePort: 30080}]}", None, &mut pool).unwrap_err();
+        assert_eq!(refused, "spec.ports[0].nodePort: Invalid value: 30080: provided port is already allocated");
+        let free = "10.96.1.1".parse().unwrap();
+        assert_eq!(pool.addresses.request(free), Ok(()), "the address that was chosen before is free again");
+        let refused = settled("{clusterIP: 10.96.1.1, ports: [{port: 80}]}", None, &mut pool).unwrap_err();
+        assert_eq!(
+            refused,
+            "spec.clusterIPs: Invalid value: [\"10.96.1.1\"]: \
+             failed to allocate IP 10.96.1.1: provided IP is already allocated"
+        );
+    }
+}

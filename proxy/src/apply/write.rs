@@ -216,3 +216,113 @@ pub fn marked_for_deletion(kind: Kind, old: &Bytes, now: i64) -> Option<Bytes> {
         _ => mark::<core_v1::Endpoints>(kind, old, now, |message| &mut message.metadata),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::message;
+    use proxy_core::model::manifest::{self, Object};
+
+    fn birth() -> Birth {
+        Birth { uid: "u-1".into(), time: 1_700_000_000 }
+    }
+
+    fn read(yaml: &str) -> Object {
+        let value: serde_norway::Value = serde_norway::from_str(yaml).unwrap();
+        manifest::objects(1, &value).unwrap().remove(0)
+    }
+
+    fn web(rest: &str) -> k8s::Service {
+        let yaml = format!(
+            "{{apiVersion: v1, kind: Service, metadata: {{name: web, {rest}}}, spec: {{ports: [{{port: 80}}]}}}}"
+        );
+        match read(&yaml) {
+            Object::Service(service) => *service,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_new_object_is_born_and_the_same_again_is_no_change() {
+        let service = web("labels: {a: b}");
+        let value = super::service(&service, None, &birth()).unwrap().unwrap();
+        let stored: core_v1::Service = message(Kind::Service, &value).unwrap();
+        let meta = stored.metadata.unwrap();
+        assert_eq!((meta.uid(), meta.name(), meta.namespace()), ("u-1", "web", "default"));
+        assert_eq!(meta.creation_timestamp.unwrap().seconds, Some(1_700_000_000));
+        assert_eq!(super::service(&service, Some(&value), &birth()).unwrap(), None);
+    }
+
+    #[test]
+    fn a_rewrite_keeps_what_is_not_the_authors() {
+        let old = core_v1::Service {
+            metadata: Some(meta_v1::ObjectMeta {
+                name: Some("web".into()),
+                namespace: Some("default".into()),
+                uid: Some("u-0".into()),
+                labels: [("gone".to_owned(), "x".to_owned())].into(),
+                annotations: [
+                    ("mine.example.com/a".to_owned(), "gone".to_owned()),
+                    ("endpoints.kubernetes.io/b".to_owned(), "kept".to_owned()),
+                ]
+                .into(),
+                finalizers: vec!["service.kubernetes.io/load-balancer-cleanup".into()],
+                ..Default::default()
+            }),
+            spec: None,
+            status: Some(core_v1::ServiceStatus {
+                load_balancer: Some(core_v1::LoadBalancerStatus {
+                    ingress: vec![core_v1::LoadBalancerIngress { ip: Some("192.0.2.1".into()), ..Default::default() }],
+                }),
+                conditions: Vec::new(),
+            }),
+        };
+        let managed = b"\x8a\x01\x03abc";
+        let value = wrap(Kind::Service, &old, managed);
+        let new = service(&web("labels: {a: b}"), Some(&value), &birth()).unwrap().unwrap();
+        let stored: core_v1::Service = message(Kind::Service, &new).unwrap();
+        assert_eq!(stored.status, old.status);
+        let meta = stored.metadata.unwrap();
+        assert_eq!(meta.uid(), "u-0");
+        assert_eq!(meta.finalizers.len(), 1);
+        assert_eq!(meta.labels.keys().collect::<Vec<_>>(), ["a"]);
+        assert_eq!(meta.annotations.keys().collect::<Vec<_>>(), ["endpoints.kubernetes.io/b"]);
+        let Body::Protobuf(raw) = open(Kind::Service, &new).unwrap() else { panic!("protobuf") };
+        assert_eq!(managed_fields(&raw), managed);
+        let marked = marked_for_deletion(Kind::Service, &new, 5).expect("it has a finalizer");
+        let stored: core_v1::Service = message(Kind::Service, &marked).unwrap();
+        assert_eq!(stored.metadata.unwrap().deletion_timestamp.unwrap().seconds, Some(5));
+        assert_eq!(
+            marked_for_deletion(Kind::Service, &wrap(Kind::Service, &core_v1::Service::default(), &[]), 5),
+            None
+        );
+    }
+
+    #[test]
+    fn a_slice_counts_its_changes() {
+        let slice = |address: &str| match read(&format!(
+            "{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {{name: web-1}}, addressType: IPv4, \
+             endpoints: [{{addresses: [{address}]}}]}}"
+        )) {
+            Object::EndpointSlice(slice) => slice,
+            other => panic!("{other:?}"),
+        };
+        let generation = |value: &Bytes| {
+            let stored: discovery_v1::EndpointSlice = message(Kind::EndpointSlice, value).unwrap();
+            stored.metadata.unwrap().generation()
+        };
+        let first = endpoint_slice(&slice("10.0.0.1"), None, &birth()).unwrap().unwrap();
+        assert_eq!(generation(&first), 1);
+        assert_eq!(endpoint_slice(&slice("10.0.0.1"), Some(&first), &birth()).unwrap(), None);
+        let second = endpoint_slice(&slice("10.0.0.2"), Some(&first), &birth()).unwrap().unwrap();
+        assert_eq!(generation(&second), 2);
+        assert_eq!(address_type(&second).unwrap(), "IPv4");
+    }
+
+    #[test]
+    fn json_is_not_rewritten() {
+        let json = Bytes::from_static(br#"{"kind":"Service","metadata":{"name":"web"}}"#);
+        let error = service(&web(""), Some(&json), &birth()).unwrap_err();
+        assert!(error.to_string().contains("not rewritten"), "{error}");
+    }
+}

@@ -203,4 +203,63 @@ mod tests {
         let ranges = service_cidrs(&Bytes::from_static(json)).unwrap();
         assert_eq!(ranges.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.96.0.0/12", "fd00:10:96::/112"]);
     }
+
+    /// What kube-apiserver 1.36.3 stored for its own Service.
+    const KUBERNETES: &str = "6b3873000a0d0a02763112075365727669636512e5040aee030a0a6b756265726e6574657312001a0764656661756c74\
+         22002a2436373632346337342d666163332d343235332d396564302d36343865666435633032636432003800420808d4\
+         c782d80610005a160a09636f6d706f6e656e7412096170697365727665725a160a0870726f7669646572120a6b756265\
+         726e657465738a01ed020a0e6b7562652d61706973657276657212065570646174651a027631220808d4c782d8061000\
+         32084669656c647356313ab8020ab5027b22663a6d65746164617461223a7b22663a6c6162656c73223a7b222e223a7b\
+         7d2c22663a636f6d706f6e656e74223a7b7d2c22663a70726f7669646572223a7b7d7d7d2c22663a73706563223a7b22\
+         663a636c75737465724950223a7b7d2c22663a696e7465726e616c54726166666963506f6c696379223a7b7d2c22663a\
+         697046616d696c79506f6c696379223a7b7d2c22663a706f727473223a7b222e223a7b7d2c226b3a7b5c22706f72745c\
+         223a3434332c5c2270726f746f636f6c5c223a5c225443505c227d223a7b222e223a7b7d2c22663a6e616d65223a7b7d\
+         2c22663a706f7274223a7b7d2c22663a70726f746f636f6c223a7b7d2c22663a746172676574506f7274223a7b7d7d7d\
+         2c22663a73657373696f6e416666696e697479223a7b7d2c22663a74797065223a7b7d7d7d4200126e0a1b0a05687474\
+         7073120354435018bb032208080010ebea021a0028001a0931302e39362e302e312209436c757374657249503a044e6f\
+         6e65420052005a00600068008a010b53696e676c65537461636b92010931302e39362e302e319a010449507634b20107\
+         436c75737465721a020a001a002200";
+    /// What it stored for a slice that `kubectl create` brought.
+    const SLICE: &str = "6b3873000a240a13646973636f766572792e6b38732e696f2f7631120d456e64706f696e74536c69636512df020ab302\
+         0a087468656972732d3112001a0764656661756c7422002a2430323262386631652d356237392d343764632d39663333\
+         2d6237393537316331306238653200380142080894c882d80610005a240a1a6b756265726e657465732e696f2f736572\
+         766963652d6e616d6512067468656972738a01be010a0e6b75626563746c2d63726561746512065570646174651a1364\
+         6973636f766572792e6b38732e696f2f763122080894c882d806100032084669656c647356313a790a777b22663a6164\
+         647265737354797065223a7b7d2c22663a656e64706f696e7473223a7b7d2c22663a6d65746164617461223a7b22663a\
+         6c6162656c73223a7b222e223a7b7d2c22663a6b756265726e657465732e696f2f736572766963652d6e616d65223a7b\
+         7d7d7d2c22663a706f727473223a7b7d7d420012150a0831302e312e302e311202080132026e313a017a1a0a0a001203\
+         54435018903f2204495076341a002200";
+
+    fn bytes(hex: &str) -> Bytes {
+        let byte = |at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
+        (0..hex.len()).step_by(2).map(byte).collect::<Vec<u8>>().into()
+    }
+
+    #[test]
+    fn what_kube_apiserver_stores_is_read() {
+        let mut notes = Vec::new();
+        let kubernetes = service(&bytes(KUBERNETES), &mut notes).unwrap();
+        assert_eq!(kubernetes.name.to_string(), "default/kubernetes");
+        assert_eq!(kubernetes.cluster_ips, ["10.96.0.1".parse::<std::net::IpAddr>().unwrap()]);
+        assert_eq!((kubernetes.ports[0].port, kubernetes.ports[0].node_port), (443, None));
+        let slice = endpoint_slice(&bytes(SLICE), &mut notes).unwrap().unwrap();
+        assert_eq!(slice.service.as_deref(), Some("theirs"));
+        assert_eq!(slice.ports[0].port, Some(8080));
+        let endpoint = &slice.endpoints[0];
+        assert_eq!((endpoint.address.to_string().as_str(), endpoint.node_name.as_deref()), ("10.1.0.1", Some("n1")));
+        assert_eq!((endpoint.conditions.ready, endpoint.conditions.serving), (Some(true), None));
+        assert_eq!(notes, []);
+    }
+
+    #[test]
+    fn a_rewrite_of_what_kube_apiserver_stores_keeps_its_managed_fields() {
+        let value = bytes(KUBERNETES);
+        let Body::Protobuf(raw) = open(Kind::Service, &value).unwrap() else { panic!("protobuf") };
+        let managed = crate::storage::managed_fields(&raw);
+        assert!(String::from_utf8_lossy(&managed).contains("f:clusterIP"));
+        let again = wrap(Kind::Service, &core_v1::Service::decode(raw).unwrap(), &managed);
+        let Body::Protobuf(raw) = open(Kind::Service, &again).unwrap() else { panic!("protobuf") };
+        assert_eq!(crate::storage::managed_fields(&raw), managed);
+        assert_eq!(service_shape(&again).unwrap(), service_shape(&value).unwrap());
+    }
 }
