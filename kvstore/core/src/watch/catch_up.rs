@@ -30,13 +30,14 @@ pub(super) struct Interest {
 }
 
 impl Interest {
-    /// The event's bytes for this watcher, unless it filters the event away. The key is known to match.
-    pub(super) fn pick<'a>(&self, event: &'a EncodedEvent) -> Option<&'a Bytes> {
+    /// The bytes for this watcher of an event of `revision`, unless it filters the event away. The key is known to match. What
+    /// was before is left out if and only if its revision is compacted, even where it is still at hand (trap 5).
+    pub(super) fn pick<'a>(&self, revision: i64, event: &'a EncodedEvent, compacted: i64) -> Option<&'a Bytes> {
         let filtered = match event.kind() {
             EventKind::Put => self.no_put,
             EventKind::Delete => self.no_delete,
         };
-        (!filtered).then(|| event.bytes(self.prev_kv))
+        (!filtered).then(|| event.bytes(self.prev_kv && revision > compacted))
     }
 }
 
@@ -142,7 +143,7 @@ impl CatchUp {
                 if revision.revision < want.cursor {
                     continue;
                 }
-                let Some(bytes) = want.interest.pick(event) else { continue };
+                let Some(bytes) = want.interest.pick(revision.revision, event, self.compacted) else { continue };
                 match want.found.last_mut() {
                     Some((last, events)) if *last == revision.revision => events.push(bytes.clone()),
                     _ => want.found.push((revision.revision, vec![bytes.clone()])),

@@ -327,7 +327,8 @@ impl WatchHub {
                     if encoded.revision < watcher.cursor {
                         continue;
                     }
-                    let Some(bytes) = watcher.interest.pick(event) else { continue };
+                    let picked = watcher.interest.pick(encoded.revision, event, self.compacted);
+                    let Some(bytes) = picked else { continue };
                     if watcher.batch.events.is_empty() {
                         touched.push(*key);
                     }
@@ -420,7 +421,8 @@ impl WatchHub {
             }
             let (cursor, interest) = (watcher.cursor, watcher.interest.clone());
             watcher.place = Place::CatchingUp;
-            let slice = slice.get_or_insert_with(|| self.limits.slice(&self.recent, cursor, self.revision));
+            let slice =
+                slice.get_or_insert_with(|| self.limits.slice(&self.recent, cursor, self.revision, self.compacted));
             slice.wants.push(Want { watcher: key, cursor, interest, found: Vec::new() });
             if slice.wants.len() >= self.limits.catch_up_watchers {
                 break;
@@ -517,7 +519,7 @@ impl WatchHub {
                 self.queue.push_back(key);
                 return None;
             }
-            let found = recent_for(&self.recent, watcher);
+            let found = recent_for(&self.recent, watcher, self.compacted);
             if !self.deliver(key, found, self.revision + 1, &mut wakes) {
                 return wakes.pop();
             }
@@ -555,7 +557,7 @@ impl Watcher {
 
 impl WatchLimits {
     /// An empty slice from `cursor` on.
-    fn slice(&self, recent: &Recent, cursor: i64, revision: i64) -> CatchUp {
+    fn slice(&self, recent: &Recent, cursor: i64, revision: i64, compacted: i64) -> CatchUp {
         let mut slice = CatchUp {
             from: cursor,
             to: revision,
@@ -564,7 +566,7 @@ impl WatchLimits {
             source: Source::History,
             wants: Vec::new(),
             next: revision + 1,
-            compacted: i64::MIN,
+            compacted,
         };
         if recent.covers(cursor) {
             let revisions: Vec<Arc<Encoded>> = recent.from(cursor).take(self.catch_up_rows).cloned().collect();
@@ -580,11 +582,12 @@ impl WatchLimits {
 }
 
 /// What a watcher gets of the revisions that the hub remembers, from its cursor on.
-fn recent_for(recent: &Recent, watcher: &Watcher) -> Vec<(i64, Vec<Bytes>)> {
+fn recent_for(recent: &Recent, watcher: &Watcher, compacted: i64) -> Vec<(i64, Vec<Bytes>)> {
     let mut found = Vec::new();
     for revision in recent.from(watcher.cursor) {
         let wanted = revision.events.iter().filter(|event| watcher.interest.span.contains(event.key()));
-        let events: Vec<Bytes> = wanted.filter_map(|event| watcher.interest.pick(event).cloned()).collect();
+        let picked = wanted.filter_map(|event| watcher.interest.pick(revision.revision, event, compacted));
+        let events: Vec<Bytes> = picked.cloned().collect();
         if !events.is_empty() {
             found.push((revision.revision, events));
         }

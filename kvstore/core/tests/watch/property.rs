@@ -87,6 +87,8 @@ fn op() -> impl Strategy<Value = Op> {
 #[derive(Debug)]
 struct Seen {
     request: WatchCreateRequest,
+    /// When it was created.
+    compacted: i64,
     /// The first revision that it is owed.
     start: i64,
     events: Vec<mvccpb::Event>,
@@ -96,8 +98,8 @@ struct Seen {
 #[derive(Default)]
 struct Client {
     stream: Option<StreamId>,
-    /// Creations without an answer yet, in order.
-    asked: Vec<WatchCreateRequest>,
+    /// Creations without an answer yet, in order, and what was compacted when they were asked for.
+    asked: Vec<(WatchCreateRequest, i64)>,
     watches: BTreeMap<i64, Seen>,
     /// Watches that a compaction ended, until the client cancels them as well.
     lost: BTreeMap<i64, Seen>,
@@ -229,8 +231,9 @@ impl World {
             watch_id: 0,
             fragment: options & 16 != 0,
         };
+        let compacted = self.history.compacted;
         let client = self.client(stream);
-        client.asked.push(request.clone());
+        client.asked.push((request.clone(), compacted));
         let stream = client.stream.unwrap();
         self.hub.create(stream, &request);
     }
@@ -283,10 +286,10 @@ impl Client {
     fn see(&mut self, frame: &Frame, history: &History, revision: i64, compacted: i64) {
         assert!(frame.revision <= revision);
         if frame.created {
-            let request = self.asked.remove(0);
+            let (request, compacted) = self.asked.remove(0);
             assert!(!frame.canceled, "nothing asked for here is refused");
             let start = if request.start_revision == 0 { frame.revision + 1 } else { request.start_revision };
-            let seen = Seen { request, start, events: Vec::new(), in_fragments: false };
+            let seen = Seen { request, compacted, start, events: Vec::new(), in_fragments: false };
             assert!(self.watches.insert(frame.watch_id, seen).is_none());
         } else if frame.canceled {
             let live = self.watches.remove(&frame.watch_id);
@@ -326,6 +329,7 @@ impl Seen {
             let kv = event.kv.as_ref().unwrap();
             let needs_prev = self.request.prev_kv && (event.r#type == 1 || kv.create_revision != kv.mod_revision);
             assert!(needs_prev || event.prev_kv.is_none());
+            assert!(event.prev_kv.is_none() || kv.mod_revision > self.compacted, "a previous value that is compacted");
             assert!(!needs_prev || event.prev_kv.is_some() || kv.mod_revision - 1 < compacted, "no previous value");
             self.events.push(event);
         }
