@@ -1,27 +1,445 @@
-//! The raft thread.
+//! The raft thread: it never blocks, and everything that decides about replication happens on it.
+//!
+//! It takes all inputs that wait at once, steps them, and executes the effects: messages to the peers' queues, writes to
+//! the log thread, committed entries to the apply thread. Beside the replica it drives the machines that need the same
+//! clock and the same order: who waits for what (`Pending`), and the leader's leases (`driver/leases.rs`).
+//!
+//! What it does not do: touch a disk or a socket, or look inside an entry.
+
+mod leases;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use kvstore_core::Error;
-use kvstore_core::types::{LeaseId, RequestId};
+use keelson_proto::etcdserverpb::alarm_request::AlarmAction;
+use keelson_proto::etcdserverpb::{AlarmRequest, AlarmType, InternalRaftRequest};
+use kvstore_core::pending::{Link, Pending};
+use kvstore_core::replica::{
+    self, Effects, Leadership, LogEntry, Proposal, ReadId, Replica, ReplicaConfig, SnapshotTicket,
+};
+use kvstore_core::types::{Index, LeaseId, MemberId, RequestId, Ticks, Timestamp};
+use kvstore_core::{Error, Fatal, lease};
+use prost::Message;
 use tokio::sync::oneshot;
 
-use crate::inbox::Waiter;
+use crate::applier::{self, Done};
+use crate::disk::NewState;
+use crate::inbox::{Shared, Waiter};
+use crate::logger;
+use crate::mailbox::{Mailbox, Receiver};
+use crate::peer::Peers;
+
+pub(crate) use leases::Remaining;
+use leases::{Leases, Own};
 
 /// What the raft thread is told.
 pub(crate) enum Input {
+    // From the edge.
     /// One request, encoded; proposed once.
-    Propose { id: RequestId, data: Bytes, waiter: Waiter },
+    Propose {
+        id: RequestId,
+        data: Bytes,
+        waiter: Waiter,
+    },
     /// A linearizable read; all that come in one batch share a round.
-    Read { waiter: Waiter },
+    Read {
+        waiter: Waiter,
+    },
     /// A keep-alive, answered by the leader's clock; `NotLeader` elsewhere.
-    KeepAlive { id: LeaseId, answer: oneshot::Sender<Result<i64, Error>> },
-    /// What is left of a lease, by the leader's clock; `NotLeader` elsewhere.
-    Remaining { id: LeaseId, answer: oneshot::Sender<Result<Option<Remaining>, Error>> },
+    KeepAlive {
+        id: LeaseId,
+        answer: oneshot::Sender<Result<i64, Error>>,
+    },
+    /// What is left of a lease, by the leader's clock; `NotLeader` elsewhere. `None`: there is no such lease.
+    Remaining {
+        id: LeaseId,
+        answer: oneshot::Sender<Result<Option<Remaining>, Error>>,
+    },
+    // From the log thread.
+    Persisted {
+        number: u64,
+    },
+    Fetched {
+        id: u64,
+        entries: Vec<LogEntry>,
+    },
+    // From the apply thread.
+    Applied(Done),
+    Installed {
+        ticket: SnapshotTicket,
+        index: Index,
+    },
+    // From the peers.
+    Messages(Vec<Bytes>),
+    /// A snapshot is complete on disk; `new` is dropped, and its files with it, if Raft refuses it.
+    SnapshotReceived {
+        message: Bytes,
+        new: NewState,
+    },
+    SnapshotSent {
+        to: MemberId,
+        ok: bool,
+    },
+    Unreachable(MemberId),
+    // From the server.
+    TransferLeader(MemberId),
+    /// Everybody who waits is told that the server stopped; the thread ends.
+    Stop,
 }
 
-/// What the leader's clock says of a lease, in seconds.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Remaining {
-    pub(crate) remaining_s: i64,
-    pub(crate) granted_s: i64,
+/// What the raft thread is told once.
+pub(crate) struct DriverConfig {
+    pub(crate) replica: ReplicaConfig,
+    pub(crate) heartbeat_ms: u64,
+    pub(crate) election_ms: u64,
+    /// How long a proposal or a read may wait: 5 s and two election timeouts, as etcd has it.
+    pub(crate) request_timeout_ms: u64,
+    /// This member alone is a majority: it need not wait for an election timeout.
+    pub(crate) alone: bool,
+}
+
+/// Where the effects go.
+pub(crate) struct Outlets {
+    pub(crate) logger: Mailbox<logger::Job>,
+    pub(crate) applier: Mailbox<applier::Job>,
+    pub(crate) peers: Peers,
+}
+
+/// The raft thread's clock: milliseconds since the process started it.
+#[derive(Clone, Copy)]
+pub(crate) struct Clock(Instant);
+
+impl Clock {
+    pub(crate) fn start() -> Clock {
+        Clock(Instant::now())
+    }
+
+    pub(crate) fn now(&self) -> Timestamp {
+        Timestamp(u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX))
+    }
+}
+
+pub(crate) struct Driver {
+    config: DriverConfig,
+    replica: Replica,
+    shared: Arc<Shared>,
+    outlets: Outlets,
+    clock: Clock,
+    pending: Pending<Waiter>,
+    leases: Leases,
+    leadership: Leadership,
+    ticks: Ticks,
+    timeout_ticks: Ticks,
+    next_tick: Instant,
+    next_read: u64,
+    applied: Index,
+    tickets: u64,
+    /// Complete snapshots that Raft has not decided on, or that wait to be installed.
+    received: HashMap<SnapshotTicket, NewState>,
+    /// Our own proposals, which no caller waits for, and when they were made.
+    own: HashMap<RequestId, (Own, Ticks)>,
+}
+
+impl Driver {
+    pub(crate) fn new(
+        config: DriverConfig,
+        replica: Replica,
+        shared: Arc<Shared>,
+        outlets: Outlets,
+        clock: Clock,
+    ) -> Driver {
+        let election_ticks = config.replica.election_ticks as Ticks;
+        Driver {
+            timeout_ticks: config.request_timeout_ms.div_ceil(config.heartbeat_ms),
+            leases: Leases::new(&config),
+            applied: replica.status().applied,
+            config,
+            replica,
+            shared,
+            outlets,
+            clock,
+            pending: Pending::new(election_ticks),
+            leadership: Leadership::default(),
+            ticks: 0,
+            next_tick: Instant::now(),
+            next_read: 0,
+            tickets: 0,
+            received: HashMap::new(),
+            own: HashMap::new(),
+        }
+    }
+
+    pub(crate) fn run(mut self, inputs: &Receiver<Input>) -> Result<(), Fatal> {
+        let mut batch = Vec::new();
+        let mut stop = false;
+        while !stop {
+            self.execute()?;
+            inputs.take(&mut batch, Some(self.next_tick));
+            stop = self.take_in(&mut batch)?;
+            self.tick()?;
+            self.execute()?;
+            self.drive_leases()?;
+        }
+        self.stop();
+        Ok(())
+    }
+
+    /// Steps one batch of inputs. Proposals of one batch go to Raft together, and its reads share a round.
+    fn take_in(&mut self, batch: &mut Vec<Input>) -> Result<bool, Fatal> {
+        let (mut proposals, mut reads, mut stop) = (Vec::new(), Vec::new(), false);
+        for input in batch.drain(..) {
+            match input {
+                Input::Propose { id, data, waiter } => {
+                    self.pending.propose(id, waiter, self.ticks, self.timeout_ticks);
+                    proposals.push(Proposal { id, data });
+                }
+                Input::Read { waiter } => reads.push(waiter),
+                Input::KeepAlive { id, answer } => self.leases.ask(self.clock.now(), id, answer),
+                Input::Remaining { id, answer } => {
+                    let committed = self.replica.status().committed;
+                    self.leases.ask_remaining(self.clock.now(), id, committed, answer);
+                }
+                Input::Persisted { number } => self.replica.step(replica::Input::Persisted { number })?,
+                Input::Fetched { id, entries } => self.replica.step(replica::Input::EntriesFetched { id, entries })?,
+                Input::Applied(done) => self.applied(done)?,
+                Input::Installed { ticket, index } => self.installed(ticket, index)?,
+                Input::Messages(messages) => {
+                    for message in messages {
+                        self.replica.step(replica::Input::Message(message))?;
+                    }
+                }
+                Input::SnapshotReceived { message, new } => self.snapshot_received(message, new)?,
+                Input::SnapshotSent { to, ok } => self.replica.step(replica::Input::SnapshotSent { to, ok })?,
+                Input::Unreachable(peer) => self.replica.step(replica::Input::Unreachable(peer))?,
+                Input::TransferLeader(to) => self.replica.step(replica::Input::TransferLeader(to))?,
+                Input::Stop => stop = true,
+            }
+        }
+        if !proposals.is_empty() {
+            self.replica.step(replica::Input::Propose(proposals))?;
+        }
+        if !reads.is_empty() {
+            let round = self.begin_round()?;
+            for waiter in reads {
+                self.pending.ask(round.0, waiter, self.ticks, self.timeout_ticks);
+            }
+        }
+        Ok(stop)
+    }
+
+    fn begin_round(&mut self) -> Result<ReadId, Fatal> {
+        self.next_read += 1;
+        let round = ReadId(self.next_read);
+        self.replica.step(replica::Input::Read(round))?;
+        Ok(round)
+    }
+
+    /// One tick for each interval, but only one after a pause: a process that was stopped has not seen the time pass, and
+    /// must not think that its leader has been silent for it.
+    fn tick(&mut self) -> Result<(), Fatal> {
+        let now = Instant::now();
+        if now >= self.next_tick {
+            let interval = Duration::from_millis(self.config.heartbeat_ms);
+            self.next_tick = (self.next_tick + interval).max(now + interval / 2);
+            self.ticks += 1;
+            self.replica.step(replica::Input::Tick)?;
+            self.leases.tick(self.clock.now());
+            let link = self.link();
+            for (waiter, error) in self.pending.expire(self.ticks, link) {
+                waiter.fail(error);
+            }
+            // One that was lost on the way may be made again.
+            let (now, timeout) = (self.ticks, self.timeout_ticks);
+            self.own.retain(|_, (_, made)| now - *made < timeout);
+        }
+        self.hurry()
+    }
+
+    /// A member that is a majority by itself has nobody to wait for.
+    fn hurry(&mut self) -> Result<(), Fatal> {
+        let mut ticks = if self.config.alone && self.leadership.leader.is_none() {
+            2 * self.config.replica.election_ticks
+        } else {
+            0
+        };
+        while ticks > 0 && self.replica.status().leadership.leader.is_none() {
+            self.replica.step(replica::Input::Tick)?;
+            ticks -= 1;
+        }
+        Ok(())
+    }
+
+    /// What to tell those whose proposal timed out.
+    fn link(&self) -> Link {
+        let since = match self.leadership.leader {
+            None => return Link::NoLeader,
+            Some(_) if self.leadership.is_leader => self.outlets.peers.quorum_since(),
+            Some(leader) => self.outlets.peers.active_since(leader),
+        };
+        let Some(since) = since else { return Link::Lost };
+        let ago = self.clock.now().since_ms(since) / self.config.heartbeat_ms;
+        Link::Since(self.ticks.saturating_sub(ago))
+    }
+
+    fn execute(&mut self) -> Result<(), Fatal> {
+        while let Some(effects) = self.replica.effects() {
+            self.execute_one(effects)?;
+        }
+        for waiter in self.pending.applied(self.applied) {
+            waiter.release();
+        }
+        let (leadership, committed) = (self.leadership, self.replica.status().committed);
+        self.shared.raft.set_position(leadership.leader, leadership.term, leadership.is_leader, committed);
+        Ok(())
+    }
+
+    fn execute_one(&mut self, effects: Effects) -> Result<(), Fatal> {
+        if let Some(leadership) = effects.leadership {
+            self.leadership_changed(leadership)?;
+        }
+        self.outlets.peers.send(effects.send);
+        for write in effects.log_writes {
+            to_thread(&self.outlets.logger, logger::Job::Write(write))?;
+        }
+        if !effects.committed.is_empty() {
+            to_thread(&self.outlets.applier, applier::Job::Committed(effects.committed))?;
+        }
+        for (read, index) in effects.reads_ready {
+            self.leases.round_ready(read, self.clock.now());
+            self.pending.ready(read.0, index);
+        }
+        for (read, error) in effects.reads_failed {
+            self.leases.round_failed(read);
+            for waiter in self.pending.failed(read.0) {
+                waiter.fail(error.clone());
+            }
+        }
+        for (id, error) in effects.failed {
+            self.not_proposed(id, error);
+        }
+        for fetch in effects.fetch {
+            to_thread(&self.outlets.logger, logger::Job::Fetch(fetch))?;
+        }
+        for build in effects.build_snapshots {
+            self.outlets.peers.send_snapshot(build, self.shared.published.get());
+        }
+        if let Some(install) = effects.install_snapshot {
+            let new = self.received.remove(&install.ticket);
+            let new = new.ok_or_else(|| Fatal::Invariant(format!("{:?} is not there to install", install.ticket)))?;
+            to_thread(&self.outlets.applier, applier::Job::Install { ticket: install.ticket, new })?;
+        }
+        for ticket in effects.discard_snapshots {
+            self.received.remove(&ticket);
+        }
+        Ok(())
+    }
+
+    fn leadership_changed(&mut self, new: Leadership) -> Result<(), Fatal> {
+        let id = self.shared.identity.member_id;
+        match new.leader {
+            Some(leader) => tracing::info!("raft.node: {id} elected leader {leader} at term {}", new.term),
+            None => tracing::info!("raft.node: {id} lost its leader at term {}", new.term),
+        }
+        if new.leader.is_some() && new.leader != self.leadership.leader {
+            self.pending.leader_elected(self.ticks);
+        }
+        if new.is_leader {
+            let published = self.shared.published.get();
+            self.leases.promote(self.clock.now(), new.term, lease::all(&published.view)?);
+        } else {
+            self.leases.demote();
+        }
+        self.leadership = new;
+        Ok(())
+    }
+
+    fn applied(&mut self, done: Done) -> Result<(), Fatal> {
+        self.applied = done.index;
+        self.replica.step(replica::Input::Applied { index: done.index, durable: done.durable })?;
+        self.leases.applied(self.clock.now(), &done.leases);
+        for (id, outcome) in done.outcomes {
+            if let Some(waiter) = self.pending.outcome(id) {
+                waiter.finish(outcome);
+            } else if !self.own.is_empty() {
+                self.own.remove(&id);
+            }
+        }
+        if done.over_quota {
+            self.raise_no_space()?;
+        }
+        Ok(())
+    }
+
+    /// A write went over this member's quota: everybody must stop writing, so it goes through the log.
+    fn raise_no_space(&mut self) -> Result<(), Fatal> {
+        if self.own.values().any(|(own, _)| matches!(own, Own::Alarm)) {
+            return Ok(());
+        }
+        let alarm = AlarmRequest {
+            action: AlarmAction::Activate.into(),
+            member_id: self.shared.identity.member_id.0,
+            alarm: AlarmType::Nospace.into(),
+        };
+        let request = InternalRaftRequest { alarm: Some(alarm), ..InternalRaftRequest::default() };
+        let proposal = self.own_proposal(request, Own::Alarm);
+        self.replica.step(replica::Input::Propose(vec![proposal]))
+    }
+
+    fn own_proposal(&mut self, mut request: InternalRaftRequest, own: Own) -> Proposal {
+        let id = self.shared.ids.next();
+        request.header.get_or_insert_default().id = id.0;
+        self.own.insert(id, (own, self.ticks));
+        Proposal { id, data: request.encode_to_vec().into() }
+    }
+
+    /// Raft did not take it, so it has certainly not happened.
+    fn not_proposed(&mut self, id: RequestId, error: Error) {
+        if let Some(waiter) = self.pending.outcome(id) {
+            waiter.fail(error);
+        } else if let Some((own, _)) = self.own.remove(&id) {
+            self.leases.not_proposed(&own);
+        }
+    }
+
+    fn installed(&mut self, ticket: SnapshotTicket, index: Index) -> Result<(), Fatal> {
+        self.applied = index;
+        // What the snapshot swallowed of ours has no outcome here: its callers time out, not knowing (trap 4).
+        self.own.clear();
+        self.replica.step(replica::Input::SnapshotInstalled { ticket })
+    }
+
+    fn snapshot_received(&mut self, message: Bytes, new: NewState) -> Result<(), Fatal> {
+        self.tickets += 1;
+        let ticket = SnapshotTicket(self.tickets);
+        self.received.insert(ticket, new);
+        self.replica.step(replica::Input::SnapshotReceived { ticket, message })
+    }
+
+    fn drive_leases(&mut self) -> Result<(), Fatal> {
+        let now = self.clock.now();
+        let committed = self.replica.status().committed;
+        for request in self.leases.drive(now, committed, self.applied) {
+            let proposals = vec![self.own_proposal(request.request, request.own)];
+            self.replica.step(replica::Input::ProposeAsLeader { term: request.term, proposals })?;
+        }
+        if self.leases.wants_round(now) {
+            let round = self.begin_round()?;
+            self.leases.round_begun(round, now);
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        for (waiter, error) in self.pending.drain(&Error::Stopped) {
+            waiter.fail(error);
+        }
+        self.leases.stop();
+    }
+}
+
+/// Our own threads outlive the raft thread; one that has gone has failed, and so has the member.
+fn to_thread<T>(mailbox: &Mailbox<T>, job: T) -> Result<(), Fatal> {
+    mailbox.push(job).map_err(|_| Fatal::Invariant("a thread of this member has ended early".into()))
 }

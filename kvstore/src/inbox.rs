@@ -13,12 +13,14 @@ mod leases;
 mod shared;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bytes::Bytes;
 use keelson_proto::etcdserverpb::{InternalRaftRequest, LeaseTimeToLiveResponse};
-use kvstore_core::Error;
 use kvstore_core::store::{self, Outcome};
 use kvstore_core::types::{ClusterId, Index, LeaseId, MemberId, Term};
+use kvstore_core::{Error, Fatal};
 use prost::Message;
 
 use crate::disk;
@@ -59,12 +61,8 @@ pub struct InboxLimits {
     pub max_request_bytes: usize,
     /// How far the commit may run ahead of the apply before proposals are refused.
     pub max_commit_to_apply_gap: u64,
-}
-
-impl Default for InboxLimits {
-    fn default() -> Self {
-        InboxLimits { max_request_bytes: 1_572_864, max_commit_to_apply_gap: 5_000 }
-    }
+    /// How long a question for the leader may take: 5 s and two election timeouts.
+    pub request_timeout: Duration,
 }
 
 /// The edge's handle to the machines.
@@ -75,6 +73,10 @@ pub struct Inbox {
 }
 
 impl Inbox {
+    pub(crate) fn new(shared: Arc<Shared>, edge: Arc<Edge>) -> Inbox {
+        Inbox { shared, edge }
+    }
+
     /// The same inbox for another edge runtime, whose [`Edge::run`] must be running there.
     pub fn for_edge(&self, edge: Arc<Edge>) -> Inbox {
         Inbox { shared: Arc::clone(&self.shared), edge }
@@ -147,8 +149,14 @@ impl Inbox {
         }
     }
 
+    /// A disk that can't be read ends this member; its caller is told that it stopped.
+    pub(crate) fn broken(&self, fatal: &Fatal) -> Error {
+        tracing::error!("reading the state failed: {fatal}");
+        Error::Stopped
+    }
+
     /// Bytes that the state takes on disk (`dbSize`).
     pub fn disk_size(&self) -> i64 {
-        self.shared.disk_size.load(std::sync::atomic::Ordering::Relaxed)
+        self.shared.disk_size.load(Ordering::Relaxed)
     }
 }

@@ -1,5 +1,6 @@
 //! Keelson's store: the shell around [`kvstore_core`], and two thin binaries.
 
+mod applier;
 pub mod cli;
 pub mod config;
 pub mod disk;
@@ -7,9 +8,12 @@ mod driver;
 pub mod edge;
 mod http;
 pub mod inbox;
+mod logger;
 mod mailbox;
 pub mod metrics;
+mod peer;
 pub mod rpc;
+pub mod server;
 pub mod telemetry;
 #[cfg(test)]
 mod testing;

@@ -118,6 +118,15 @@ impl<W> Pending<W> {
         }
     }
 
+    /// The round will not be confirmed (its leader is gone): its waiters, to be told so.
+    pub fn failed(&mut self, round: Round) -> Vec<W> {
+        let waiting = self.rounds.remove(&round).unwrap_or_default();
+        for waiting in &waiting {
+            self.deadlines.remove(&(waiting.deadline, waiting.arrival));
+        }
+        waiting.into_iter().map(|waiting| waiting.waiter).collect()
+    }
+
     /// `waiter` waits until `index` is applied, at most `timeout` ticks.
     pub fn read(&mut self, waiter: W, index: Index, now: Ticks, timeout: Ticks) {
         let waiting = self.admit(waiter, now, timeout, Place::Read(index));

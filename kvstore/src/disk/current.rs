@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use kvstore_core::Fatal;
+use kvstore_core::replica::Position;
 
 use super::{disk_error, sync_dir};
 
@@ -16,24 +17,40 @@ pub(super) fn state_dir(member_dir: &Path, number: u64) -> PathBuf {
     member_dir.join(format!("{PREFIX}{number}"))
 }
 
-/// The number of the state that counts, or `None` if no bootstrap was ever finished.
-pub(super) fn read(member_dir: &Path) -> Result<Option<u64>, Fatal> {
+/// What the pointer file says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Current {
+    pub(super) number: u64,
+    /// Where the state was founded or installed: a log may restart there and nowhere else (trap 3).
+    pub(super) installed: Position,
+}
+
+/// The state that counts, or `None` if no bootstrap was ever finished.
+pub(super) fn read(member_dir: &Path) -> Result<Option<Current>, Fatal> {
     let path = member_dir.join(POINTER);
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(disk_error(&path)(e)),
     };
-    let number = text.trim_end().strip_prefix(PREFIX).and_then(|n| n.parse().ok());
-    number.map(Some).ok_or_else(|| disk_error(&path)(format!("{text:?} does not name a state")))
+    parse(&text).map(Some).ok_or_else(|| disk_error(&path)(format!("{text:?} does not name a state")))
 }
 
-/// Makes `number` the state, durably: a new file, synced, renamed over the old one, and the directory synced.
-pub(super) fn point_to(member_dir: &Path, number: u64) -> Result<(), Fatal> {
+fn parse(text: &str) -> Option<Current> {
+    let mut words = text.split_whitespace();
+    let number = words.next()?.strip_prefix(PREFIX)?.parse().ok()?;
+    let index = words.next()?.parse().ok()?;
+    let term = words.next()?.parse().ok()?;
+    words.next().is_none().then_some(Current { number, installed: Position { index, term } })
+}
+
+/// Makes this the state, durably: a new file, synced, renamed over the old one, and the directory synced.
+pub(super) fn point_to(member_dir: &Path, current: Current) -> Result<(), Fatal> {
     let new = member_dir.join(POINTER_NEW);
+    let Current { number, installed } = current;
     let write = || -> std::io::Result<()> {
         let mut file = File::create(&new)?;
-        writeln!(file, "{PREFIX}{number}")?;
+        writeln!(file, "{PREFIX}{number} {} {}", installed.index, installed.term)?;
         file.sync_all()?;
         fs::rename(&new, member_dir.join(POINTER))
     };

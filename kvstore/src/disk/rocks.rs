@@ -24,12 +24,14 @@ use kvstore_core::backend::{
     Backend, Direction, Install, Installed, Range, ReadView, Table, Visit, WriteBatch, is_empty_range,
 };
 use kvstore_core::keys;
+use kvstore_core::replica::Position;
 use kvstore_core::types::Index;
 use rocksdb::{
     BlockBasedOptions, BlockBasedTablePinningTier, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType,
     FlushOptions, Options, ReadOptions, ReadTier, Snapshot, WriteOptions,
 };
 
+use super::current::Current;
 use super::{current, disk_error, sync_dir};
 
 /// Sizes of the state database. Defaults are the measured ones (storage-measurements 10.2).
@@ -240,15 +242,15 @@ pub struct Rocks {
     opener: Opener,
     member_dir: PathBuf,
     state: Arc<State>,
-    number: u64,
+    current: Current,
     flusher: Flusher,
 }
 
 impl Rocks {
     /// Opens the state that the pointer file names.
-    pub(super) fn open(opener: Opener, member_dir: &Path, number: u64) -> Result<Rocks, Fatal> {
-        let state = Arc::new(opener.open(&current::state_dir(member_dir, number))?);
-        Ok(Rocks { opener, member_dir: member_dir.to_owned(), state, number, flusher: Flusher::start()? })
+    pub(super) fn open(opener: Opener, member_dir: &Path, current: Current) -> Result<Rocks, Fatal> {
+        let state = Arc::new(opener.open(&current::state_dir(member_dir, current.number))?);
+        Ok(Rocks { opener, member_dir: member_dir.to_owned(), state, current, flusher: Flusher::start()? })
     }
 
     /// Founds the first state of a member with `rows`, durably; the rename of the pointer ends it.
@@ -260,8 +262,15 @@ impl Rocks {
         state.write(to_rocks(&state, rows))?;
         state.flush_all()?;
         sync_dir(&path)?;
-        current::point_to(member_dir, number)?;
-        Ok(Rocks { opener, member_dir: member_dir.to_owned(), state, number, flusher: Flusher::start()? })
+        let keys::Applied { index, term } = state.applied(ReadTier::Persisted)?;
+        let current = Current { number, installed: Position { index, term } };
+        current::point_to(member_dir, current)?;
+        Ok(Rocks { opener, member_dir: member_dir.to_owned(), state, current, flusher: Flusher::start()? })
+    }
+
+    /// Where the state was founded or installed.
+    pub fn installed(&self) -> Position {
+        self.current.installed
     }
 
     /// Makes everything durable and waits for it: the end of a clean stop.
@@ -305,22 +314,23 @@ impl Backend for Rocks {
     }
 
     fn begin_install(&mut self) -> Result<NewState, Fatal> {
-        NewState::begin(&self.opener, &self.member_dir, self.number + 1)
+        self.nursery().begin()
     }
 
     fn install(&mut self, mut new: NewState) -> Result<(), Fatal> {
-        let state = new.take()?;
+        let (state, installed) = new.take()?;
         // From here on this state survives whatever happens: the rename is the install.
         state.files.doomed.store(false, Ordering::Release);
-        current::point_to(&self.member_dir, new.number)?;
+        let current = Current { number: new.number, installed };
+        current::point_to(&self.member_dir, current)?;
         self.state.files.doomed.store(true, Ordering::Release);
         self.state = Arc::new(state);
-        self.number = new.number;
+        self.current = current;
         Ok(())
     }
 }
 
-/// Begins a new state without the writer: the peer server fills it while the applier goes on applying.
+/// Begins new states without the writer: a transfer fills one while the applier goes on applying.
 #[derive(Clone)]
 pub struct Nursery {
     opener: Opener,
@@ -334,10 +344,9 @@ impl Rocks {
 }
 
 impl Nursery {
-    /// Numbers above every state that exists, so that two transfers never meet.
+    /// Numbers above every state that exists. One transfer at a time, or two could take the same number.
     pub fn begin(&self) -> Result<NewState, Fatal> {
-        let number = current::highest_state(&self.member_dir)? + 1;
-        NewState::begin(&self.opener, &self.member_dir, number)
+        NewState::begin(&self.opener, &self.member_dir, current::highest_state(&self.member_dir)? + 1)
     }
 }
 
@@ -346,7 +355,7 @@ pub struct NewState {
     number: u64,
     state: Option<State>,
     batch: rocksdb::WriteBatch,
-    finished: bool,
+    finished: Option<Position>,
 }
 
 const INSTALL_BATCH_BYTES: usize = 1 << 20;
@@ -357,7 +366,7 @@ impl NewState {
         remove_dir_if_exists(&path)?;
         let state = opener.open(&path)?;
         state.files.doomed.store(true, Ordering::Release);
-        Ok(NewState { number, state: Some(state), batch: rocksdb::WriteBatch::default(), finished: false })
+        Ok(NewState { number, state: Some(state), batch: rocksdb::WriteBatch::default(), finished: None })
     }
 
     fn state(&self) -> &State {
@@ -369,9 +378,9 @@ impl NewState {
         self.state().write(batch)
     }
 
-    fn take(&mut self) -> Result<State, Fatal> {
-        match self.state.take() {
-            Some(state) if self.finished => Ok(state),
+    fn take(&mut self) -> Result<(State, Position), Fatal> {
+        match (self.state.take(), self.finished) {
+            (Some(state), Some(installed)) => Ok((state, installed)),
             _ => Err(Fatal::Invariant("an unfinished snapshot was to be installed".into())),
         }
     }
@@ -393,7 +402,7 @@ impl Install for NewState {
         if index == 0 {
             return Err(Fatal::Damaged { table: "meta", message: "a snapshot without an applied index".into() });
         }
-        self.finished = true;
+        self.finished = Some(Position { index, term });
         Ok(Installed { index, term })
     }
 }

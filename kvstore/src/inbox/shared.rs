@@ -2,13 +2,14 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use kvstore_core::types::{Index, MemberId, RequestId};
 
 use super::{Hub, Identity, InboxLimits, Published, RaftStatus};
 use crate::driver::Input;
 use crate::mailbox::Mailbox;
+use crate::peer::Peers;
 
 /// Everything behind an [`super::Inbox`].
 pub(crate) struct Shared {
@@ -20,6 +21,14 @@ pub(crate) struct Shared {
     pub(crate) raft: RaftCell,
     pub(crate) ids: RequestIds,
     pub(crate) disk_size: AtomicI64,
+    /// Set once, before anything is served.
+    pub(crate) peers: OnceLock<Peers>,
+}
+
+impl Shared {
+    pub(crate) fn peers(&self) -> &Peers {
+        self.peers.get().expect("set before the edge is served")
+    }
 }
 
 /// The newest published moment: a short lock around a pointer.

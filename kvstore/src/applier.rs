@@ -1,0 +1,238 @@
+//! The apply thread: the one writer of the state.
+//!
+//! ```text
+//! committed entries (everything that waits) ─▶ Store::apply ─▶ one batch, written
+//!     ─▶ publish view and facts ─▶ hub ─▶ outcomes to the raft thread
+//! ```
+//!
+//! The order is a promise: who got an answer can read what it wrote, and a watcher is told of nothing that can't be read.
+//! Between applies it deletes what compactions left, a slice at a time, and starts flushes; it never waits for one. How
+//! far the disk has come is asked, and told to the raft thread, which may cut the log up to there and no further.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use kvstore_core::backend::{Backend, WriteBatch};
+use kvstore_core::lease::LeaseChange;
+use kvstore_core::replica::SnapshotTicket;
+use kvstore_core::store::{Outcome, Store, StoreConfig};
+use kvstore_core::types::{Entry, Index, RequestId};
+use kvstore_core::{Error, Fatal};
+
+use crate::disk::{NewState, Rocks, View, dir_size};
+use crate::driver::Input;
+use crate::inbox::{Published, Shared};
+use crate::mailbox::Receiver;
+
+/// What the apply thread is asked.
+pub(crate) enum Job {
+    Committed(Vec<Entry>),
+    /// Make this state the only one; what was handed out to be applied before has been.
+    Install {
+        ticket: SnapshotTicket,
+        new: NewState,
+    },
+    /// Make everything durable; the thread ends.
+    Stop,
+}
+
+/// What was applied, for the raft thread.
+pub(crate) struct Done {
+    pub(crate) index: Index,
+    pub(crate) durable: Index,
+    pub(crate) outcomes: Vec<(RequestId, Result<Outcome, Error>)>,
+    pub(crate) leases: Vec<LeaseChange>,
+    pub(crate) over_quota: bool,
+}
+
+/// Bounds of the apply thread.
+#[derive(Clone, Debug)]
+pub(crate) struct ApplierConfig {
+    pub(crate) store: StoreConfig,
+    /// Applied entries between two flushes (`--snapshot-count`).
+    pub(crate) flush_entries: u64,
+    /// No sooner than this after the previous flush was started: small files cost compactions.
+    pub(crate) flush_interval: Duration,
+    /// How often the disk is asked how far it is, while it is behind.
+    pub(crate) poll_interval: Duration,
+    /// Rows of history in one slice of a compaction.
+    pub(crate) slice_rows: usize,
+    /// Entries in one batch.
+    pub(crate) batch_entries: usize,
+}
+
+pub(crate) struct Applier {
+    config: ApplierConfig,
+    backend: Rocks,
+    store: Store,
+    view: View,
+    shared: Arc<Shared>,
+    applied: Index,
+    durable: Index,
+    flush: Flush,
+}
+
+struct Flush {
+    /// Applied when the last one was started.
+    at: Index,
+    started: Instant,
+    polled: Instant,
+}
+
+impl Applier {
+    /// `store` was opened on `view`, which is the backend's newest.
+    pub(crate) fn new(config: ApplierConfig, backend: Rocks, store: Store, view: View, shared: Arc<Shared>) -> Applier {
+        let applied = store.facts().applied_index;
+        let now = Instant::now();
+        let flush = Flush { at: applied, started: now, polled: now };
+        Applier { config, backend, store, view, shared, applied, durable: applied, flush }
+    }
+
+    pub(crate) fn run(mut self, jobs: &Receiver<Job>) -> Result<(), Fatal> {
+        let mut batch = Vec::new();
+        self.measure_disk();
+        loop {
+            jobs.take(&mut batch, self.next_deadline());
+            let mut entries = Vec::new();
+            for job in batch.drain(..) {
+                match job {
+                    Job::Committed(more) if entries.is_empty() => entries = more,
+                    Job::Committed(more) => entries.extend(more),
+                    Job::Install { ticket, new } => {
+                        self.apply_all(&mut entries)?;
+                        self.install(ticket, new)?;
+                    }
+                    Job::Stop => {
+                        self.apply_all(&mut entries)?;
+                        return self.backend.flush_and_wait();
+                    }
+                }
+            }
+            self.apply_all(&mut entries)?;
+            self.compact()?;
+            self.look_after_disk()?;
+        }
+    }
+
+    /// When there is something to do though no job came.
+    fn next_deadline(&self) -> Option<Instant> {
+        if self.store.facts().compacting {
+            return Some(Instant::now());
+        }
+        let behind = self.durable < self.applied;
+        behind.then(|| self.flush.polled + self.config.poll_interval)
+    }
+
+    fn apply_all(&mut self, entries: &mut Vec<Entry>) -> Result<(), Fatal> {
+        for entries in entries.chunks(self.config.batch_entries) {
+            self.apply(entries)?;
+        }
+        entries.clear();
+        Ok(())
+    }
+
+    fn apply(&mut self, entries: &[Entry]) -> Result<(), Fatal> {
+        let mut batch = WriteBatch::new();
+        let applied = self.store.apply(&self.view, entries, &mut batch)?;
+        self.write(batch)?;
+        self.applied = applied.index;
+        let revision = self.store.facts().revision;
+        let shared = &self.shared;
+        let (wakes, behind) = shared.hub.with(|hub| {
+            let mut wakes = hub.publish(revision, applied.events);
+            if let Some(compacted) = applied.compacted {
+                wakes.extend(hub.compacted(compacted));
+            }
+            (wakes, hub.has_catch_up())
+        });
+        shared.raft.set_applied(applied.index);
+        self.tell(Done {
+            index: applied.index,
+            durable: self.durable,
+            outcomes: applied.outcomes,
+            leases: applied.leases,
+            over_quota: applied.over_quota,
+        });
+        self.shared.hub.wake(&wakes);
+        if behind {
+            self.shared.hub.nudge();
+        }
+        Ok(())
+    }
+
+    /// Writes, and publishes the view and the facts of after.
+    fn write(&mut self, batch: WriteBatch) -> Result<(), Fatal> {
+        self.backend.write(batch)?;
+        self.view = self.backend.view();
+        self.shared.published.set(Published { view: self.view.clone(), facts: self.store.facts() });
+        Ok(())
+    }
+
+    fn tell(&self, done: Done) {
+        // A raft thread that has gone has drained its waiters: the member is stopping.
+        let _ = self.shared.driver.push(Input::Applied(done));
+    }
+
+    fn compact(&mut self) -> Result<(), Fatal> {
+        let mut batch = WriteBatch::new();
+        if let Some(slice) = self.store.compact_slice(&self.view, self.config.slice_rows, &mut batch)? {
+            self.write(batch)?;
+            if slice.finished {
+                tracing::info!(revision = slice.compacted, "finished scheduled compaction");
+            }
+        }
+        Ok(())
+    }
+
+    fn look_after_disk(&mut self) -> Result<(), Fatal> {
+        let now = Instant::now();
+        if self.applied.saturating_sub(self.flush.at) >= self.config.flush_entries
+            && now.duration_since(self.flush.started) >= self.config.flush_interval
+        {
+            (self.flush.at, self.flush.started) = (self.applied, now);
+            self.backend.start_flush()?;
+        }
+        if self.durable < self.applied && now.duration_since(self.flush.polled) >= self.config.poll_interval {
+            self.flush.polled = now;
+            let durable = self.backend.durable_applied()?;
+            if durable > self.durable {
+                self.durable = durable;
+                self.measure_disk();
+                let (outcomes, leases) = (Vec::new(), Vec::new());
+                self.tell(Done { index: self.applied, durable, outcomes, leases, over_quota: false });
+            }
+        }
+        Ok(())
+    }
+
+    /// What the files take, for whoever asks. It changes with flushes and compactions only, so it is looked at then.
+    fn measure_disk(&self) {
+        match dir_size(self.backend.path()) {
+            Ok(bytes) => self.shared.disk_size.store(bytes as i64, Ordering::Relaxed),
+            Err(error) => tracing::warn!("the state's size can't be read: {error}"),
+        }
+    }
+
+    /// The rename of the pointer, then everything that was derived from the old state anew, then the new view, then the
+    /// watchers, who keep their cursors (trap 4).
+    fn install(&mut self, ticket: SnapshotTicket, new: NewState) -> Result<(), Fatal> {
+        self.backend.install(new)?;
+        self.view = self.backend.view();
+        self.store = Store::open(&self.view, self.config.store.clone())?;
+        let facts = self.store.facts();
+        self.applied = facts.applied_index;
+        self.durable = facts.applied_index;
+        self.flush.at = facts.applied_index;
+        let (revision, compacted) = (facts.revision, facts.compacted);
+        self.shared.published.set(Published { view: self.view.clone(), facts });
+        let wakes = self.shared.hub.with(|hub| hub.installed(revision, compacted));
+        self.shared.raft.set_applied(self.applied);
+        let _ = self.shared.driver.push(Input::Installed { ticket, index: self.applied });
+        self.shared.hub.wake(&wakes);
+        self.shared.hub.nudge();
+        self.measure_disk();
+        tracing::info!(index = self.applied, revision, "applied snapshot");
+        Ok(())
+    }
+}
