@@ -340,7 +340,10 @@ impl Driver {
         let id = self.shared.identity.member_id;
         match new.leader {
             Some(leader) => tracing::info!("raft.node: {id} elected leader {leader} at term {}", new.term),
-            None => tracing::info!("raft.node: {id} lost its leader at term {}", new.term),
+            None if self.leadership.leader.is_some() => {
+                tracing::info!("raft.node: {id} lost its leader at term {}", new.term);
+            }
+            None => {}
         }
         if new.leader.is_some() && new.leader != self.leadership.leader {
             self.pending.leader_elected(self.ticks);

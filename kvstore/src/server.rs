@@ -38,6 +38,7 @@ use kvstore_core::store::{Store, StoreConfig, view};
 use kvstore_core::types::Index;
 use kvstore_core::watch::{WatchHub, WatchLimits};
 use thiserror::Error;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::applier::{self, Applier, ApplierConfig};
@@ -125,10 +126,25 @@ fn listen(flag: &'static str, urls: &[Url]) -> Result<Vec<TcpListener>, ServerEr
 }
 
 impl Bound {
-    /// Serves until `shutdown` is cancelled; an error means that this member is broken.
-    pub fn run(self, shutdown: CancellationToken) -> Result<(), ServerError> {
+    /// Serves until SIGTERM or SIGINT; an error means that this member is broken.
+    pub fn run(self) -> Result<(), ServerError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let Bound { config, listeners, disk } = self;
+        let shutdown = CancellationToken::new();
+        {
+            let _runtime = runtime.enter();
+            let (mut terminate, mut interrupt) =
+                (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+            let shutdown = shutdown.clone();
+            runtime.spawn(async move {
+                let name = tokio::select! {
+                    _ = terminate.recv() => "terminated",
+                    _ = interrupt.recv() => "interrupt",
+                };
+                tracing::info!(signal = name, "received signal; shutting down");
+                shutdown.cancel();
+            });
+        }
         let mut member = Member::start(&config, listeners.peers, disk)?;
         // An error means broken: what is durable is durable, and nothing more may be done to the disk.
         let clients = runtime.block_on(serve(&config, &mut member, listeners.clients, shutdown))?;
