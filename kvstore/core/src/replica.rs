@@ -380,7 +380,12 @@ impl Replica {
                 self.raw.mut_store().set_conf_state(conf_state);
             }
         }
-        if index > self.raw.raft.raft_log.applied {
+        // The state may be a snapshot already whose log is not on disk yet: Raft is told when that is.
+        let installed = match self.snapshot {
+            Incoming::Installing { at, .. } | Incoming::Resetting { at, .. } => index >= at.index,
+            Incoming::None | Incoming::Taken(_) => false,
+        };
+        if index > self.raw.raft.raft_log.applied && !installed {
             self.raw.advance_apply_to(index);
             self.raw.mut_store().set_applied(index);
         }

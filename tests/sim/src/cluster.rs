@@ -15,7 +15,9 @@ use kvstore_core::backend::memory::MemoryView;
 use kvstore_core::backend::{Backend, Table};
 use kvstore_core::mvcc;
 use kvstore_core::pending::Link;
-use kvstore_core::replica::{Effects, Fetch, Input, LogWrite, Outgoing, Position, Proposal, ReadId, SnapshotBuild, SnapshotTicket, wire};
+use kvstore_core::replica::{
+    Effects, Fetch, Input, LogWrite, Outgoing, Position, Proposal, ReadId, SnapshotBuild, SnapshotTicket, wire,
+};
 use kvstore_core::store::view;
 use kvstore_core::types::{Entry, MemberId};
 use prost::Message;
@@ -213,9 +215,7 @@ impl Cluster {
             Event::SnapshotArrives { from, life, to, message, rows } => {
                 self.snapshot_arrives(from, life, to, message, &rows)
             }
-            Event::SnapshotSent { from, life, to, ok } => {
-                self.step_alive(from, life, Input::SnapshotSent { to, ok })
-            }
+            Event::SnapshotSent { from, life, to, ok } => self.step_alive(from, life, Input::SnapshotSent { to, ok }),
             Event::Client(client) => self.client(client),
             Event::Restart(id) => self.restart(id),
             Event::Fault => self.fault(),
@@ -306,6 +306,7 @@ impl Cluster {
     fn tick(&mut self, id: MemberId, life: Life) -> Result<(), String> {
         let skew = self.rng.below(4 * MS);
         let Some(member) = self.alive(id, life) else { return Ok(()) };
+        member.compact().map_err(fatal)?;
         let running = member.running.as_mut().expect("it is alive");
         running.ticks += 1;
         let (now, link) = (running.ticks, Link::NoLeader);
@@ -522,10 +523,20 @@ impl Cluster {
         message: Bytes,
         rows: &MemoryView,
     ) -> Result<(), String> {
-        let ok = self.network.reaches(from, to) && self.member(to).running.is_some();
+        let mut ok = self.network.reaches(from, to) && self.member(to).running.is_some();
         if ok {
             let ticket = self.member(to).receive(rows).map_err(fatal)?;
-            self.step(to, Input::SnapshotReceived { ticket, message })?;
+            self.step(to, Input::SnapshotReceived { ticket, message: message.clone() })?;
+            if self.phase == Phase::Faults && self.rng.chance(250) {
+                // The answer is lost, and the sender sends it all again; or the network does.
+                ok = false;
+                let again = self.rng.between(MS, 400 * MS);
+                if self.rng.chance(500) {
+                    let rows = Box::new(rows.clone());
+                    self.clock.after(again, Event::SnapshotArrives { from, life, to, message, rows });
+                    return Ok(());
+                }
+            }
         }
         self.clock.after(MS, Event::SnapshotSent { from, life, to, ok });
         Ok(())
@@ -592,7 +603,7 @@ impl Cluster {
                 self.phase = Phase::Quiet;
             }
         }
-        let pause = self.rng.between(MS, 120 * MS);
+        let pause = self.rng.between(MS, 60 * MS);
         self.clock.after(pause, Event::Client(client));
     }
 
@@ -725,8 +736,10 @@ impl Cluster {
         check::revision::judge_kept(history, &judged)?;
         check::linear::judge(&check::revision::resolve(history, &judged))?;
         self.report.operations = history.len();
-        self.report.answered =
-            history.iter().filter(|operation| matches!(operation.ended, check::history::Ended::Answered { .. })).count();
+        self.report.answered = history
+            .iter()
+            .filter(|operation| matches!(operation.ended, check::history::Ended::Answered { .. }))
+            .count();
         self.report.elections = self.model.elections();
         self.report.virtual_ms = self.clock.now() / MS;
         self.report.digest = self.digest.finish();

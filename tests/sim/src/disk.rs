@@ -107,12 +107,13 @@ impl Disk {
         Ok(())
     }
 
-    /// What a start finds. Only about `tail` applied entries are read; of those before them only the terms.
+    /// What a start finds. Only about `tail` applied entries are read, and always the last; of those before them only the
+    /// terms.
     pub fn boot(&self, nonce: u64, tail: u64) -> Result<Boot, Fatal> {
         let state = self.state.view();
         let applied = view::applied(&state)?;
         let image = &self.log.image;
-        let first = (applied.index + 1).saturating_sub(tail);
+        let first = (applied.index + 1).saturating_sub(tail).min(image.last());
         let mut terms: Vec<(Index, Term)> = Vec::new();
         for entry in image.entries.range(..first).map(|(_, entry)| entry) {
             if terms.last().is_none_or(|(_, term)| *term != entry.term) {

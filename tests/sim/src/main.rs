@@ -41,12 +41,8 @@ fn main() -> ExitCode {
     let seeds = arguments.seed.map_or(arguments.seeds.clone(), |seed| seed..seed + 1);
     let mut failures = 0;
     for seed in seeds {
-        let options = Options {
-            seed,
-            faults_ms: arguments.faults_ms,
-            trace: arguments.trace,
-            sabotage: arguments.sabotage,
-        };
+        let options =
+            Options { seed, faults_ms: arguments.faults_ms, trace: arguments.trace, sabotage: arguments.sabotage };
         match run(options) {
             Ok(report) => println!("{report:?}"),
             Err(failure) => {

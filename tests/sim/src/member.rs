@@ -118,13 +118,19 @@ impl Member {
         let mut batch = WriteBatch::new();
         let applied = running.store.apply(&self.disk.state.view(), entries, &mut batch)?;
         self.disk.state.write(batch)?;
-        // A part of a compaction's deletion, between applies.
+        running.published = Published { view: self.disk.state.view(), facts: running.store.facts() };
+        Ok((applied, running.published.facts.clone()))
+    }
+
+    /// A part of a compaction's deletion, between applies.
+    pub fn compact(&mut self) -> Result<(), Fatal> {
+        let running = self.running.as_mut().expect("it runs: its apply thread does");
         let mut batch = WriteBatch::new();
         if running.store.compact_slice(&self.disk.state.view(), 3, &mut batch)?.is_some() {
             self.disk.state.write(batch)?;
+            running.published = Published { view: self.disk.state.view(), facts: running.store.facts() };
         }
-        running.published = Published { view: self.disk.state.view(), facts: running.store.facts() };
-        Ok((applied, running.published.facts.clone()))
+        Ok(())
     }
 
     /// Makes a received snapshot the state. Durable at once, as the rename is.

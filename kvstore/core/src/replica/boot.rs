@@ -105,6 +105,9 @@ fn decode_tail(boot: &Boot) -> Result<Vec<RawEntry>, Fatal> {
         before = Some(entry.index);
         tail.push(entry);
     }
+    if let (None, Some((index, _))) = (tail.first(), boot.terms.last()) {
+        return Err(Fatal::Invariant(format!("the log has entry {index}, but its last one was not handed over")));
+    }
     let first = tail.first().map_or(boot.log_start.index + 1, |entry| entry.index);
     let known_from = boot.terms.first().map_or(first, |(index, _)| *index);
     if known_from != boot.log_start.index + 1 {

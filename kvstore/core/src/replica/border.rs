@@ -77,7 +77,8 @@ pub struct Boot {
     pub log_start: Position,
     /// Where each term begins in the part of the log that `entries` leaves out: (first index with it, term), ascending.
     pub terms: Vec<(Index, Term)>,
-    /// The log's end: at least everything above `applied`, and below it as much as the tail may hold.
+    /// The log's end: at least everything above `applied`, and always the last entry if there is any; below that as much
+    /// as the tail may hold.
     pub entries: Vec<LogEntry>,
     /// What the state database has on disk.
     pub applied: Position,

@@ -781,6 +781,22 @@ fn a_member_that_installs_does_not_campaign() {
     assert_eq!(desk.at(C).leadership.leader, leader);
 }
 
+/// Found by the simulator: a flush that ends just then reports the snapshot's index, and raft-rs panicked.
+#[test]
+fn applied_may_be_reported_between_an_install_and_the_logs_reset() {
+    let mut desk = lagging();
+    let build = desk.at(A).builds.remove(0);
+    desk.at(C).step(received(&build, &[A, B, C]));
+    desk.settle();
+    desk.at(C).slow_disk = true;
+    install(desk.at(C));
+    desk.at(C).step(Input::Applied { index: build.at.index, durable: build.at.index });
+    desk.settle();
+    desk.at(C).flush();
+    desk.settle();
+    assert_eq!(desk.at(C).replica.status().applied, build.at.index);
+}
+
 #[test]
 fn entries_after_a_snapshot_wait_for_the_install() {
     let mut desk = lagging();
@@ -883,6 +899,18 @@ fn a_hole_at_start_is_refused() {
     disk.log.remove(&2);
     disk.log.remove(&5);
     assert!(matches!(Replica::new(config(A), disk.boot(), 42), Err(Fatal::Damaged { .. })));
+}
+
+/// Found by the simulator: without its last entry, a log that is applied to its end looks empty.
+#[test]
+fn a_start_without_the_last_entry_is_refused() {
+    let mut disk = Disk::founded(&[A]);
+    disk.start = FOUNDED;
+    disk.log.insert(2, wire::log_entry(2, 2, b"x"));
+    disk.hard_state = Some(wire::encode_hard_state(&wire::RawHardState { term: 2, vote: 1, commit: 2 }));
+    disk.applied = Position { index: 2, term: 2 };
+    assert!(Replica::new(config(A), disk.boot(), 42).is_ok());
+    assert!(matches!(Replica::new(config(A), disk.boot_with_tail(0), 42), Err(Fatal::Invariant(_))));
 }
 
 #[test]
