@@ -75,7 +75,7 @@ fn op() -> impl Strategy<Value = Op> {
         5 => Just(Op::Slice),
         5 => Just(Op::Read),
         5 => Just(Op::Finish),
-        1 => (0..8_i64).prop_map(|back| Op::Compact { back }),
+        2 => (0..8_i64).prop_map(|back| Op::Compact { back }),
         1 => Just(Op::Install),
         3 => stream.clone().prop_map(|stream| Op::Progress { stream }),
         2 => stream.clone().prop_map(|stream| Op::Tick { stream }),
@@ -216,7 +216,12 @@ impl World {
     }
 
     fn create(&mut self, stream: u64, keys: Range<u8>, single: bool, back: i64, options: u8) {
-        let start = if back == 19 { 0 } else { (self.hub.revision() - back).max(1) };
+        let start = match back {
+            19 => 0,
+            // The oldest there is.
+            15..19 => self.history.compacted.max(1),
+            back => (self.hub.revision() - back).max(1),
+        };
         let request = WatchCreateRequest {
             key: Bytes::from(name(keys.start)),
             range_end: Bytes::from(match (single, keys.end > KEYS) {
