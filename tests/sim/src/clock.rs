@@ -32,7 +32,7 @@ impl<E> Clock<E> {
     }
 
     /// The next event; time moves to it.
-    pub fn next(&mut self) -> Option<E> {
+    pub fn advance(&mut self) -> Option<E> {
         let ((at, _), event) = self.queue.pop_first()?;
         self.now = at;
         Some(event)

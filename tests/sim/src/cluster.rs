@@ -140,7 +140,7 @@ impl Cluster {
     }
 
     pub(crate) fn run(&mut self) -> Result<Report, String> {
-        while let Some(event) = self.clock.next() {
+        while let Some(event) = self.clock.advance() {
             self.report.events += 1;
             let line = format!("{:>9.3} {event:?}", self.clock.now() as f64 / 1_000.0);
             line.hash(&mut self.digest);
@@ -611,7 +611,7 @@ impl Cluster {
 
     fn restart(&mut self, id: MemberId) -> Result<(), String> {
         let seed = self.options.seed;
-        let mut rng = Rng::new(self.rng.next());
+        let mut rng = Rng::new(self.rng.draw());
         let member = self.member(id);
         if member.running.is_some() {
             return Ok(());
@@ -623,7 +623,7 @@ impl Cluster {
     }
 
     fn crash(&mut self, id: MemberId) -> Result<(), String> {
-        let mut rng = Rng::new(self.rng.next());
+        let mut rng = Rng::new(self.rng.draw());
         let member = self.member(id);
         let Some(mut running) = member.running.take() else { return Ok(()) };
         self.note(|| format!("          {id} crashes"));

@@ -79,7 +79,7 @@ impl Member {
 
     pub fn start(&mut self, rng: &mut Rng, seed: u64) -> Result<(), Fatal> {
         self.life += 1;
-        let boot = self.disk.boot(rng.next(), rng.below(20))?;
+        let boot = self.disk.boot(rng.draw(), rng.below(20))?;
         let config = ReplicaConfig {
             max_size_per_msg: 400,
             max_inflight_msgs: 8,

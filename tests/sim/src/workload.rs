@@ -85,13 +85,13 @@ impl Workload {
         let id = 1 + rng.below(LEASES as u64) as i64;
         let mut request = InternalRaftRequest::default();
         match rng.below(10) {
-            0..3 => request.lease_grant = Some(LeaseGrantRequest { id, ttl: 60, ..LeaseGrantRequest::default() }),
+            0..3 => request.lease_grant = Some(LeaseGrantRequest { id, ttl: 60 }),
             3..7 => {
                 let key = format!("leased/{}", rng.below(8)).into();
                 let value = self.value().into();
                 request.put = Some(PutRequest { key, value, lease: id, ..PutRequest::default() });
             }
-            7..9 => request.lease_revoke = Some(LeaseRevokeRequest { id, ..LeaseRevokeRequest::default() }),
+            7..9 => request.lease_revoke = Some(LeaseRevokeRequest { id }),
             _ => {
                 let revision = self.revision - rng.below(30) as i64;
                 request.compaction = Some(CompactionRequest { revision, ..CompactionRequest::default() });
