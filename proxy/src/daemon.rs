@@ -113,7 +113,7 @@ fn sync_loop(node: NodeConfig, told: Told, updates: mpsc::Receiver<Update>) -> R
                 None
             }
         };
-        let surroundings = Surroundings { watch: Some(watch), conntrack };
+        let surroundings = Surroundings { watch: Some(watch), conntrack, sweep_not_before: None };
         sync::run(Syncer::new(node, nft, told), surroundings, updates).await.map_err(io_error("nftables notifications"))
     })
 }

@@ -47,6 +47,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// How often the interfaces' addresses are read.
 const ADDRESSES_EVERY: Duration = Duration::from_secs(2);
+/// A sweep of connection tracking that failed is tried again after this.
+const SWEEP_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// Whom the loop tells how it is doing.
 #[derive(Clone, Debug)]
@@ -171,7 +173,10 @@ impl<K: Kernel> Syncer<K> {
         self.dirty = true;
         let now = SystemTime::now();
         self.told.metrics.queued(pending, now);
-        self.told.health.queued(now);
+        // Before the first listing nothing can be late: there is nothing to write yet.
+        if self.listed {
+            self.told.health.queued(now);
+        }
     }
 
     /// Takes in the addresses of this node's interfaces.
@@ -339,6 +344,36 @@ fn set_by(change: &Change) -> Option<(Kind, NamespacedName)> {
 pub struct Surroundings {
     pub watch: Option<AsyncFd<Watch>>,
     pub conntrack: Option<Conntrack>,
+    /// When the next sweep may be, after one that failed.
+    pub sweep_not_before: Option<Instant>,
+}
+
+impl Surroundings {
+    fn next_sweep(&self) -> Option<Instant> {
+        let due = self.conntrack.as_ref().and_then(Conntrack::next_due)?;
+        Some(self.sweep_not_before.map_or(due, |not_before| due.max(not_before)))
+    }
+
+    fn sweep(&mut self, metrics: &Metrics) {
+        let now = Instant::now();
+        if self.next_sweep().is_none_or(|due| due > now) {
+            return;
+        }
+        let Some(conntrack) = &mut self.conntrack else { return };
+        self.sweep_not_before = None;
+        match conntrack.sweep(now) {
+            Ok(swept) => {
+                metrics.conntrack_swept(now.elapsed(), swept.deleted);
+                if swept.deleted > 0 {
+                    tracing::debug!(seen = swept.seen, deleted = swept.deleted, "deleted stale UDP flows");
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot look for stale UDP flows");
+                self.sweep_not_before = Some(now + SWEEP_AGAIN_AFTER);
+            }
+        }
+    }
 }
 
 /// Runs until the source's end of the queue is dropped. What is in the kernel stays there.
@@ -349,7 +384,7 @@ pub async fn run<K: Kernel>(
 ) -> io::Result<()> {
     let mut addresses_at = Instant::now();
     loop {
-        let sweep_at = surroundings.conntrack.as_ref().and_then(Conntrack::next_due);
+        let sweep_at = surroundings.next_sweep();
         let due = [syncer.next_due(Instant::now()), sweep_at, Some(addresses_at)]
             .into_iter()
             .flatten()
@@ -386,9 +421,7 @@ pub async fn run<K: Kernel>(
                 conntrack.note(stale, now);
             }
         }
-        if let Some(conntrack) = &mut surroundings.conntrack {
-            sweep(conntrack, &syncer.told.metrics);
-        }
+        surroundings.sweep(&syncer.told.metrics);
     }
 }
 
@@ -402,22 +435,6 @@ async fn heard(watch: &mut Option<AsyncFd<Watch>>) -> io::Result<Foreign> {
         if let Some(foreign) = found {
             return Ok(foreign);
         }
-    }
-}
-
-fn sweep(conntrack: &mut Conntrack, metrics: &Metrics) {
-    let now = Instant::now();
-    if conntrack.next_due().is_none_or(|due| due > now) {
-        return;
-    }
-    match conntrack.sweep(now) {
-        Ok(swept) => {
-            metrics.conntrack_swept(now.elapsed(), swept.deleted);
-            if swept.deleted > 0 {
-                tracing::debug!(seen = swept.seen, deleted = swept.deleted, "deleted stale UDP flows");
-            }
-        }
-        Err(error) => tracing::warn!(%error, "cannot look for stale UDP flows"),
     }
 }
 
