@@ -7,12 +7,12 @@
 
 use std::collections::hash_map::DefaultHasher;
 use std::fmt;
-use std::hash::{Hash, Hasher};
+use std::hash::Hash;
 
 use bytes::Bytes;
 use keelson_proto::etcdserverpb::{RangeRequest, RequestHeader};
+use kvstore_core::backend::Backend;
 use kvstore_core::backend::memory::MemoryView;
-use kvstore_core::backend::{Backend, Table};
 use kvstore_core::mvcc;
 use kvstore_core::pending::Link;
 use kvstore_core::replica::{
@@ -27,8 +27,12 @@ use crate::member::{Job, Member, TIMEOUT_TICKS};
 use crate::model::Model;
 use crate::network::Network;
 use crate::rng::Rng;
+use crate::watcher::Watcher;
 use crate::workload::{Call, CallId, Workload};
 use crate::{Options, Report, Sabotage};
+
+mod end;
+mod faults;
 
 const TICK: Micros = 100 * MS;
 const CLIENTS: u64 = 5;
@@ -51,6 +55,8 @@ enum Event {
     SnapshotArrives { from: MemberId, life: Life, to: MemberId, message: Bytes, rows: Box<MemoryView> },
     SnapshotSent { from: MemberId, life: Life, to: MemberId, ok: bool },
     Client(u64),
+    Watcher(usize),
+    CatchUp(MemberId, Life),
     Restart(MemberId),
     Fault,
     Mend,
@@ -73,6 +79,8 @@ impl fmt::Debug for Event {
             Event::SnapshotArrives { from, to, .. } => write!(f, "{from} → {to} snapshot arrives"),
             Event::SnapshotSent { from, to, ok, .. } => write!(f, "{from} → {to} snapshot sent: {ok}"),
             Event::Client(client) => write!(f, "client {client}"),
+            Event::Watcher(watcher) => write!(f, "watcher {watcher}"),
+            Event::CatchUp(member, _) => write!(f, "{member} watchers catch up"),
             Event::Restart(member) => write!(f, "{member} restarts"),
             Event::Fault => write!(f, "fault"),
             Event::Mend => write!(f, "mend"),
@@ -97,6 +105,7 @@ pub(crate) struct Cluster {
     members: Vec<Member>,
     model: Model,
     workload: Workload,
+    watchers: Vec<Watcher>,
     phase: Phase,
     /// Of each client: the answers it still has to get before it may stop.
     owed: Vec<u32>,
@@ -117,6 +126,7 @@ impl Cluster {
             members,
             model: Model::default(),
             workload: Workload::default(),
+            watchers: Watcher::all(),
             phase: Phase::Faults,
             owed: vec![ANSWERS_AT_END; CLIENTS as usize],
             mended_at: 0,
@@ -133,6 +143,9 @@ impl Cluster {
         }
         for client in 0..CLIENTS {
             cluster.clock.after(client * 7 * MS, Event::Client(client));
+        }
+        for watcher in 0..cluster.watchers.len() {
+            cluster.clock.after(100 * MS, Event::Watcher(watcher));
         }
         cluster.clock.after(1_500 * MS, Event::Fault);
         cluster.clock.after(cluster.options.faults_ms * MS, Event::Mend);
@@ -195,6 +208,7 @@ impl Cluster {
         | Event::Applied(id, _)
         | Event::Flushed(id, _)
         | Event::Fetched(id, _)
+        | Event::CatchUp(id, _)
         | Event::SnapshotArrives { to: id, .. }
         | Event::SnapshotSent { from: id, .. } = event
         {
@@ -217,6 +231,8 @@ impl Cluster {
             }
             Event::SnapshotSent { from, life, to, ok } => self.step_alive(from, life, Input::SnapshotSent { to, ok }),
             Event::Client(client) => self.client(client),
+            Event::Watcher(watcher) => self.watch(watcher),
+            Event::CatchUp(id, life) => self.catch_up(id, life),
             Event::Restart(id) => self.restart(id),
             Event::Fault => self.fault(),
             Event::Mend => self.mend(),
@@ -587,6 +603,54 @@ impl Cluster {
         self.step(id, Input::Read(ReadId(round)))
     }
 
+    fn catch_up(&mut self, id: MemberId, life: Life) -> Result<(), String> {
+        let next = self.rng.between(5 * MS, 80 * MS);
+        let Some(member) = self.alive(id, life) else { return Ok(()) };
+        member.catch_up().map_err(fatal)?;
+        self.clock.after(next, Event::CatchUp(id, life));
+        Ok(())
+    }
+
+    /// A watcher takes what there is, or connects; now and then it is cut off.
+    fn watch(&mut self, watcher: usize) -> Result<(), String> {
+        let next = self.rng.between(MS, 60 * MS);
+        self.clock.after(next, Event::Watcher(watcher));
+        let (cut, ask) = (self.phase == Phase::Faults && self.rng.chance(10), self.rng.chance(100));
+        let elsewhere = MemberId(1 + self.rng.below(3));
+        let at = self.watchers[watcher].at;
+        let id = at.map_or(elsewhere, |at| at.member);
+        let now = self.clock.now();
+        let member = self.members.iter_mut().find(|member| member.id == id).expect("there are three");
+        let watcher = &mut self.watchers[watcher];
+        if member.paused_until > now {
+            return Ok(());
+        }
+        let (Some(running), life) = (&mut member.running, member.life) else {
+            watcher.at = None;
+            return Ok(());
+        };
+        match at {
+            Some(at) if at.life != life => watcher.at = None,
+            Some(at) if cut => {
+                running.hub.close(at.stream);
+                watcher.at = None;
+            }
+            Some(at) => {
+                if ask {
+                    running.hub.request_progress(at.stream);
+                }
+                for frame in running.hub.take(at.stream, 2) {
+                    watcher.hear(&frame).map_err(|error| format!("{id}: {error}"))?;
+                }
+                if watcher.at.is_none() {
+                    running.hub.close(at.stream);
+                }
+            }
+            None => watcher.connect(id, life, &mut running.hub),
+        }
+        Ok(())
+    }
+
     fn lose(&mut self, call: CallId) {
         let client = self.workload.lost(call);
         self.go_on(client, call);
@@ -605,145 +669,6 @@ impl Cluster {
         }
         let pause = self.rng.between(MS, 60 * MS);
         self.clock.after(pause, Event::Client(client));
-    }
-
-    // ---- faults --------------------------------------------------------------------------------------------------
-
-    fn restart(&mut self, id: MemberId) -> Result<(), String> {
-        let seed = self.options.seed;
-        let mut rng = Rng::new(self.rng.draw());
-        let member = self.member(id);
-        if member.running.is_some() {
-            return Ok(());
-        }
-        member.start(&mut rng, seed).map_err(|error| format!("{id} does not start: {error}"))?;
-        let life = member.life;
-        self.clock.after(self.rng.clone().between(1, TICK), Event::Tick(id, life));
-        self.effects(id)
-    }
-
-    fn crash(&mut self, id: MemberId) -> Result<(), String> {
-        let mut rng = Rng::new(self.rng.draw());
-        let member = self.member(id);
-        let Some(mut running) = member.running.take() else { return Ok(()) };
-        self.note(|| format!("          {id} crashes"));
-        self.report.crashes += 1;
-        let lost = running.pending.drain(&kvstore_core::Error::Stopped);
-        self.member(id).disk.crash(&mut rng)?;
-        for (call, _) in lost {
-            self.lose(call);
-        }
-        Ok(())
-    }
-
-    fn fault(&mut self) -> Result<(), String> {
-        if self.phase != Phase::Faults {
-            return Ok(());
-        }
-        let id = MemberId(1 + self.rng.below(3));
-        let other = MemberId(1 + (id.0 + self.rng.below(2)) % 3);
-        match self.rng.below(11) {
-            0..3 => {
-                self.crash(id)?;
-                let down = self.rng.between(10 * MS, 4_000 * MS);
-                self.clock.after(down, Event::Restart(id));
-            }
-            3..5 => {
-                for peer in (1..=3).map(MemberId).filter(|peer| *peer != id) {
-                    self.network.cut(id, peer);
-                    self.network.cut(peer, id);
-                }
-                self.note(|| format!("          {id} is cut off"));
-            }
-            5 => {
-                self.network.cut(id, other);
-                self.note(|| format!("          nothing gets from {id} to {other}"));
-            }
-            6..8 => {
-                self.network.heal();
-                self.note(|| "          the network is whole".into());
-            }
-            8 => {
-                self.member(id).slow_disk = true;
-                let takes = self.rng.between(100 * MS, 4_000 * MS);
-                self.note(|| format!("          {id} has a slow disk"));
-                self.clock.after(takes, Event::SlowDiskEnds(id));
-            }
-            9 => {
-                let until = self.clock.now() + self.rng.between(50 * MS, 3_000 * MS);
-                self.note(|| format!("          {id} is paused"));
-                self.member(id).paused_until = until;
-            }
-            _ => self.step(id, Input::TransferLeader(other))?,
-        }
-        let next = self.rng.between(50 * MS, 1_500 * MS);
-        self.clock.after(next, Event::Fault);
-        Ok(())
-    }
-
-    fn mend(&mut self) -> Result<(), String> {
-        self.phase = Phase::Mended;
-        self.mended_at = self.clock.now();
-        self.network.make_perfect();
-        for id in (1..=3).map(MemberId) {
-            self.member(id).slow_disk = false;
-            self.member(id).paused_until = 0;
-            self.restart(id)?;
-        }
-        Ok(())
-    }
-
-    // ---- the end -------------------------------------------------------------------------------------------------
-
-    fn all_equal(&self) -> bool {
-        let last = self.model.last_committed();
-        self.members.iter().all(|member| {
-            member.running.as_ref().is_some_and(|running| {
-                running.published.facts.applied_index == last
-                    && running.jobs.is_empty()
-                    && !running.published.facts.compacting
-                    && running.replica.status().last_index == last
-            })
-        })
-    }
-
-    fn judge(&mut self) -> Result<Report, String> {
-        let views: Vec<MemoryView> = self.members.iter().map(|member| member.disk.state.view()).collect();
-        for table in Table::ALL {
-            let first = views[0].rows(table);
-            for (at, view) in views.iter().enumerate().skip(1) {
-                let rows = view.rows(table);
-                if rows != first {
-                    let odd = first.iter().zip(&rows).position(|(a, b)| a != b).unwrap_or(first.len().min(rows.len()));
-                    return Err(format!(
-                        "table {} differs between members 1 and {} at row {odd} of {} and {}: {:?} and {:?}",
-                        table.name(),
-                        at + 1,
-                        first.len(),
-                        rows.len(),
-                        first.get(odd),
-                        rows.get(odd),
-                    ));
-                }
-                first.len().hash(&mut self.digest);
-            }
-        }
-        let changes = self.model.changes();
-        let judged: Vec<check::revision::Change> =
-            changes.iter().filter(|change| change.key.starts_with('k')).cloned().collect();
-        let history = &self.workload.history;
-        check::revision::judge_time(history)?;
-        check::revision::judge_kept(history, &judged)?;
-        check::linear::judge(&check::revision::resolve(history, &judged))?;
-        self.report.operations = history.len();
-        self.report.answered = history
-            .iter()
-            .filter(|operation| matches!(operation.ended, check::history::Ended::Answered { .. }))
-            .count();
-        self.report.elections = self.model.elections();
-        self.report.virtual_ms = self.clock.now() / MS;
-        self.report.digest = self.digest.finish();
-        Ok(self.report)
     }
 }
 

@@ -14,7 +14,7 @@
 //! | [`cluster`]  | the run: events, faults, both phases |
 //! | [`member`]   | one member: its machines and what its threads have in hand |
 //! | [`disk`], [`network`], [`clock`], [`rng`] | the world |
-//! | [`workload`] | clients and what they wrote down |
+//! | [`workload`], [`watcher`] | clients and what they wrote down |
 //! | [`model`]    | what must hold at every moment |
 //!
 //! What it does not do: find bugs in the shell. `tests/e2e` runs the real one.
@@ -28,6 +28,7 @@ pub mod member;
 pub mod model;
 pub mod network;
 pub mod rng;
+pub mod watcher;
 pub mod workload;
 
 use cluster::Cluster;
@@ -73,6 +74,8 @@ pub struct Report {
     pub installs: usize,
     pub discards: usize,
     pub fetches: usize,
+    /// Events that watchers were told.
+    pub watched: usize,
     /// Of everything that happened: equal for equal runs.
     pub digest: u64,
 }

@@ -12,10 +12,12 @@ use kvstore_core::pending::Pending;
 use kvstore_core::replica::{Fetch, Install, Position, Replica, ReplicaConfig, SnapshotTicket};
 use kvstore_core::store::{Applied, Facts, Founder, Published, Store, StoreConfig};
 use kvstore_core::types::{ClusterId, Entry, MemberId, RequestId, Ticks};
+use kvstore_core::watch::{CatchUp, WatchHub};
 
 use crate::clock::Micros;
 use crate::disk::{Disk, LogDisk};
 use crate::rng::Rng;
+use crate::watcher;
 use crate::workload::CallId;
 
 pub const ELECTION_TICKS: Ticks = 10;
@@ -48,6 +50,9 @@ pub struct Running {
     pub since_flush: u64,
     pub fetches: VecDeque<Fetch>,
     pub received: BTreeMap<SnapshotTicket, MemoryInstall>,
+    pub hub: WatchHub,
+    /// A slice of history that was read outside the hub's lock, not handed in yet.
+    pub catching_up: Option<CatchUp>,
     pub requests: u64,
     pub rounds: u64,
     pub tickets: u64,
@@ -93,6 +98,7 @@ impl Member {
         let view = self.disk.state.view();
         let store = Store::open(&view, store_config(self.id))?;
         let facts = store.facts();
+        let hub = WatchHub::new(watcher::limits(), facts.revision, facts.compacted);
         self.running = Some(Running {
             replica,
             store,
@@ -105,6 +111,8 @@ impl Member {
             since_flush: 0,
             fetches: VecDeque::new(),
             received: BTreeMap::new(),
+            hub,
+            catching_up: None,
             requests: 0,
             rounds: 0,
             tickets: 0,
@@ -119,7 +127,28 @@ impl Member {
         let applied = running.store.apply(&self.disk.state.view(), entries, &mut batch)?;
         self.disk.state.write(batch)?;
         running.published = Published { view: self.disk.state.view(), facts: running.store.facts() };
+        running.hub.publish(running.published.facts.revision, applied.events.clone());
+        if let Some(compacted) = applied.compacted {
+            running.hub.compacted(compacted);
+        }
         Ok((applied, running.published.facts.clone()))
+    }
+
+    /// Watchers that lag get a slice of history: read now, or handed in if it was read before.
+    pub fn catch_up(&mut self) -> Result<(), Fatal> {
+        let running = self.running.as_mut().expect("it runs: it has watchers");
+        match running.catching_up.take() {
+            Some(slice) => {
+                running.hub.finish(slice);
+            }
+            None => {
+                running.catching_up = running.hub.next_catch_up();
+                if let Some(slice) = &mut running.catching_up {
+                    slice.read(&running.published.view, running.published.facts.bounds())?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// A part of a compaction's deletion, between applies.
@@ -142,6 +171,7 @@ impl Member {
         let view = self.disk.state.view();
         running.store = Store::open(&view, store_config(self.id))?;
         running.published = Published { view, facts: running.store.facts() };
+        running.hub.installed(running.published.facts.revision, running.published.facts.compacted);
         running.since_flush = 0;
         Ok(())
     }

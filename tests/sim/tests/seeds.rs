@@ -43,22 +43,22 @@ fn a_run_is_a_function_of_its_seed() {
     assert_ne!(passes(1_000).digest, passes(1_001).digest);
 }
 
-/// Of a hundred seeds, so many find it.
+/// Of forty seeds, so many find it.
 fn found(sabotage: Sabotage) -> usize {
-    (0..100).filter(|seed| run(Options { sabotage: Some(sabotage), ..Options::new(*seed) }).is_err()).count()
+    (0..40).filter(|seed| run(Options { sabotage: Some(sabotage), ..Options::new(*seed) }).is_err()).count()
 }
 
 #[test]
 fn a_disk_that_lies_is_found() {
-    assert!(found(Sabotage::SayPersistedEarly) > 3);
+    assert!(found(Sabotage::SayPersistedEarly) > 0);
 }
 
 #[test]
 fn reads_that_ask_nobody_are_found() {
-    assert!(found(Sabotage::ReadWithoutAsking) > 50);
+    assert!(found(Sabotage::ReadWithoutAsking) > 30);
 }
 
 #[test]
 fn proposals_sent_twice_are_found() {
-    assert!(found(Sabotage::ResendProposals) > 50);
+    assert!(found(Sabotage::ResendProposals) > 30);
 }
