@@ -7,7 +7,8 @@
 //!
 //! The files below do not import each other, but for the service's own functions: `unary` calls `kv`.
 
-pub(crate) mod cluster;
+pub(crate) mod authority;
+mod cluster;
 pub(crate) mod encoded;
 pub(crate) mod health;
 pub(crate) mod kv;
@@ -47,6 +48,7 @@ use tower_service::Service as _;
 
 pub(crate) use status::status;
 
+use authority::Mended;
 use leader::LeaderMonitor;
 use lease::{LeaseConfig, LeaseService};
 use watch::{WatchConfig, WatchService};
@@ -134,7 +136,7 @@ impl Rpc {
             .keep_alive_interval(Some(KEEPALIVE_INTERVAL))
             .keep_alive_timeout(KEEPALIVE_TIMEOUT);
         builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(300));
-        let connection = builder.serve_connection(TokioIo::new(stream), self);
+        let connection = builder.serve_connection(TokioIo::new(Mended::new(stream)), self);
         tokio::pin!(connection);
         tokio::select! {
             result = connection.as_mut() => if let Err(error) = result {

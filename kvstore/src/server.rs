@@ -133,8 +133,7 @@ impl Bound {
         let shutdown = CancellationToken::new();
         {
             let _runtime = runtime.enter();
-            let (mut terminate, mut interrupt) =
-                (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+            let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
             let shutdown = shutdown.clone();
             runtime.spawn(async move {
                 let name = tokio::select! {
