@@ -25,7 +25,7 @@ fn version(kind: Kind) {
     let port = cluster.members[0].client_port;
     let answer = eventually("the versions are decided", PATIENCE, || {
         let answer: serde_json::Value = serde_json::from_str(&get(port, "/version")).unwrap();
-        (answer["storage"] == "3.7.0").then_some(answer)
+        (answer["storage"] == "3.7.0" && answer["etcdcluster"] == "3.7.0").then_some(answer)
     });
     assert!(answer["etcdserver"].as_str().unwrap().starts_with("3.7."), "{answer}");
     assert_eq!(answer["etcdcluster"], "3.7.0");
