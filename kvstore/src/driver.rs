@@ -8,7 +8,7 @@
 
 mod leases;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -138,6 +138,8 @@ pub(crate) struct Driver {
     tickets: u64,
     /// Complete snapshots that Raft has not decided on, or that wait to be installed.
     received: HashMap<SnapshotTicket, NewState>,
+    /// Proposals that wait because the leader can't be reached, and until when.
+    held: VecDeque<(Ticks, Proposal)>,
     /// Our own proposals, which no caller waits for, and when they were made.
     own: HashMap<RequestId, (Own, Ticks)>,
 }
@@ -167,6 +169,7 @@ impl Driver {
             next_read: 0,
             tickets: 0,
             received: HashMap::new(),
+            held: VecDeque::new(),
             own: HashMap::new(),
         }
     }
@@ -217,9 +220,7 @@ impl Driver {
                 Input::Stop => stop = true,
             }
         }
-        if !proposals.is_empty() {
-            self.replica.step(replica::Input::Propose(proposals))?;
-        }
+        self.propose(proposals)?;
         if !reads.is_empty() {
             let round = self.begin_round()?;
             for waiter in reads {
@@ -227,6 +228,27 @@ impl Driver {
             }
         }
         Ok(stop)
+    }
+
+    /// Hands proposals to Raft, unless it would send them to a leader that can't be reached: there they would be lost, and
+    /// may not be sent again (trap 7). Held here, they have certainly not been proposed, and go to the next leader.
+    fn propose(&mut self, proposals: Vec<Proposal>) -> Result<(), Fatal> {
+        if proposals.is_empty() && self.held.is_empty() {
+            return Ok(());
+        }
+        let leader = self.leadership.leader.filter(|_| !self.leadership.is_leader);
+        if leader.is_some_and(|leader| self.outlets.peers.active_since(leader).is_none()) {
+            let until = self.ticks + self.timeout_ticks;
+            self.held.extend(proposals.into_iter().map(|proposal| (until, proposal)));
+            while self.held.front().is_some_and(|(until, _)| *until <= self.ticks) {
+                // Its caller has been told that it timed out.
+                self.held.pop_front();
+            }
+            return Ok(());
+        }
+        let mut all: Vec<Proposal> = self.held.drain(..).map(|(_, proposal)| proposal).collect();
+        all.extend(proposals);
+        self.replica.step(replica::Input::Propose(all))
     }
 
     fn begin_round(&mut self) -> Result<ReadId, Fatal> {
