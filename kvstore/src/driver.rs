@@ -26,7 +26,7 @@ use tokio::sync::oneshot;
 
 use crate::applier::{self, Done};
 use crate::disk::NewState;
-use crate::inbox::{Shared, Waiter};
+use crate::inbox::{Answers, Shared, Waiter};
 use crate::logger;
 use crate::mailbox::{Mailbox, Receiver};
 use crate::peer::Peers;
@@ -128,6 +128,7 @@ pub(crate) struct Driver {
     outlets: Outlets,
     clock: Clock,
     pending: Pending<Waiter>,
+    answers: Answers,
     leases: Leases,
     leadership: Leadership,
     ticks: Ticks,
@@ -163,6 +164,7 @@ impl Driver {
             outlets,
             clock,
             pending: Pending::new(election_ticks),
+            answers: Answers::default(),
             leadership: Leadership::default(),
             ticks: 0,
             next_tick: Instant::now(),
@@ -270,7 +272,7 @@ impl Driver {
             self.leases.tick(self.clock.now());
             let link = self.link();
             for (waiter, error) in self.pending.expire(self.ticks, link) {
-                waiter.fail(error);
+                self.answers.fail(waiter, error);
             }
             // One that was lost on the way may be made again.
             let (now, timeout) = (self.ticks, self.timeout_ticks);
@@ -310,8 +312,9 @@ impl Driver {
             self.execute_one(effects)?;
         }
         for waiter in self.pending.applied(self.applied) {
-            waiter.release();
+            self.answers.release(waiter);
         }
+        self.answers.send();
         let (leadership, committed) = (self.leadership, self.replica.status().committed);
         self.shared.raft.set_position(leadership.leader, leadership.term, leadership.is_leader, committed);
         Ok(())
@@ -335,7 +338,7 @@ impl Driver {
         for (read, error) in effects.reads_failed {
             self.leases.round_failed(read);
             for waiter in self.pending.failed(read.0) {
-                waiter.fail(error.clone());
+                self.answers.fail(waiter, error.clone());
             }
         }
         for (id, error) in effects.failed {
@@ -386,7 +389,7 @@ impl Driver {
         self.leases.applied(self.clock.now(), &done.leases);
         for (id, outcome) in done.outcomes {
             if let Some(waiter) = self.pending.outcome(id) {
-                waiter.finish(outcome);
+                self.answers.finish(waiter, outcome);
             } else if !self.own.is_empty() {
                 self.own.remove(&id);
             }
@@ -422,7 +425,7 @@ impl Driver {
     /// Raft did not take it, so it has certainly not happened.
     fn not_proposed(&mut self, id: RequestId, error: Error) {
         if let Some(waiter) = self.pending.outcome(id) {
-            waiter.fail(error);
+            self.answers.fail(waiter, error);
         } else if let Some((own, _)) = self.own.remove(&id) {
             self.leases.not_proposed(&own);
         }
@@ -458,8 +461,9 @@ impl Driver {
 
     fn stop(&mut self) {
         for (waiter, error) in self.pending.drain(&Error::Stopped) {
-            waiter.fail(error);
+            self.answers.fail(waiter, error);
         }
+        self.answers.send();
         self.leases.stop();
     }
 }

@@ -1,9 +1,9 @@
 //! How the edge talks to the machines: one cheap, cloneable handle.
 //!
 //! Proposals and reads go to the raft thread as values and come back through oneshots; what everybody may read (the
-//! published view with its facts, the watch hub, Raft's position) is shared here and nowhere else. Answers to an edge
-//! runtime travel in batches through its [`Edge`]: completing a oneshot from another thread costs a system call each,
-//! completing a thousand from a task on their own runtime costs one.
+//! published view with its facts, the watch hub, Raft's position) is shared here and nowhere else. Calls and
+//! answers of an edge runtime travel in batches through its [`Edge`]: waking another thread costs a system call and a
+//! switch of threads each time, and a thousand that go together cost one.
 //!
 //! What it does not do: it validates no request and makes no response; that is `rpc/*`.
 
@@ -27,7 +27,7 @@ use crate::disk;
 use crate::driver::Input;
 
 pub use edge::Edge;
-pub(crate) use edge::Waiter;
+pub(crate) use edge::{Answers, Waiter};
 pub use hub::{Hub, WatchStream};
 pub(crate) use shared::{PublishedCell, RaftCell, RequestIds, Shared};
 
@@ -74,12 +74,13 @@ pub struct Inbox {
 
 impl Inbox {
     pub(crate) fn new(shared: Arc<Shared>, edge: Arc<Edge>) -> Inbox {
+        edge.attach(&shared.driver);
         Inbox { shared, edge }
     }
 
     /// The same inbox for another edge runtime, whose [`Edge::run`] must be running there.
     pub fn for_edge(&self, edge: Arc<Edge>) -> Inbox {
-        Inbox { shared: Arc::clone(&self.shared), edge }
+        Inbox::new(Arc::clone(&self.shared), edge)
     }
 
     /// Hands a request to Raft and waits until it was applied here, or until nobody can tell any more. It is proposed
@@ -96,14 +97,14 @@ impl Inbox {
         }
         let data = Bytes::from(request.encode_to_vec());
         let (waiter, outcome) = Waiter::outcome(&self.edge);
-        self.shared.driver.push(Input::Propose { id, data, waiter }).map_err(|_| Error::Stopped)?;
+        self.edge.call(Input::Propose { id, data, waiter }).map_err(|_| Error::Stopped)?;
         outcome.await.unwrap_or(Err(Error::Stopped))
     }
 
     /// Returns once this member has applied everything that the cluster had committed when this was called.
     pub async fn read_index(&self) -> Result<(), Error> {
         let (waiter, done) = Waiter::read(&self.edge);
-        self.shared.driver.push(Input::Read { waiter }).map_err(|_| Error::Stopped)?;
+        self.edge.call(Input::Read { waiter }).map_err(|_| Error::Stopped)?;
         done.await.unwrap_or(Err(Error::Stopped))
     }
 

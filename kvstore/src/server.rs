@@ -319,15 +319,15 @@ impl Member {
             batch_entries: BATCH_ENTRIES,
         };
         let writer = Applier::new(applier_config, state, store, view, Arc::clone(&shared));
-        threads.spawn_batching("raft-log", move || logger::run(log, &logger_jobs, &driver))?;
-        threads.spawn_batching("apply", move || {
+        threads.spawn("raft-log", move || logger::run(log, &logger_jobs, &driver))?;
+        threads.spawn("apply", move || {
             // The directory stays locked as long as its writer lives.
             let _dir = dir;
             writer.run(&applier_jobs)
         })?;
         let pumped = Arc::clone(&shared);
         threads.spawn("watch-pump", move || threads::pump(&pumped))?;
-        threads.spawn_batching("raft", move || machine.run(&driver_inputs))?;
+        threads.spawn("raft", move || machine.run(&driver_inputs))?;
         let election_ms = config.election_timeout_ms;
         Ok(Member { inbox, shared, threads, applier, logger, stop_peers, committed, election_ms })
     }

@@ -1,18 +1,26 @@
-//! Answers on their way back to an edge runtime, in batches.
+//! An edge runtime's two queues: what its callers ask, and what they are answered, both in batches.
+//!
+//! On one core every wake-up of another thread is a switch of threads. So calls gather until the runtime has polled
+//! everything that was ready, and then wake the raft thread once; answers come back the same way.
 
 use std::mem;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use kvstore_core::Error;
 use kvstore_core::store::Outcome;
 use tokio::sync::{Notify, oneshot};
 
-/// One edge runtime's queue of answers. [`Edge::run`] must run on that runtime, or nothing sent through it arrives.
+use crate::driver::Input;
+use crate::mailbox::{Closed, Mailbox};
+
+/// One edge runtime's queues. [`Edge::run`] must run on that runtime, or nothing goes either way.
 #[derive(Default)]
 pub struct Edge {
+    calls: Mutex<Vec<Input>>,
     finished: Mutex<Vec<Finished>>,
     filled: Notify,
-    /// Answers are completed at once, by whoever has them: for callers without a runtime of their own.
+    driver: OnceLock<Mailbox<Input>>,
+    /// Nothing is gathered: for callers without a runtime of their own.
     direct: bool,
 }
 
@@ -42,33 +50,102 @@ impl Edge {
         Arc::new(Edge { direct: true, ..Edge::default() })
     }
 
-    /// Hands answers to their callers, for ever: to be spawned on the runtime whose callers these are.
+    /// Where calls go.
+    pub(super) fn attach(&self, driver: &Mailbox<Input>) {
+        let _ = self.driver.set(driver.clone());
+    }
+
+    /// Carries calls and answers, for ever: to be spawned on the runtime whose callers these are.
     pub async fn run(self: Arc<Edge>) {
-        let mut batch = Vec::new();
+        let mut answers = Vec::new();
         loop {
             self.filled.notified().await;
-            mem::swap(&mut batch, &mut *self.finished.lock().unwrap_or_else(PoisonError::into_inner));
-            batch.drain(..).for_each(Finished::complete);
+            // Everything that is ready is polled before this goes on, and may have something to add.
+            tokio::task::yield_now().await;
+            mem::swap(&mut answers, &mut *self.finished.lock().unwrap_or_else(PoisonError::into_inner));
+            answers.drain(..).for_each(Finished::complete);
+            let mut calls = mem::take(&mut *self.calls.lock().unwrap_or_else(PoisonError::into_inner));
+            if !calls.is_empty()
+                && let Some(driver) = self.driver.get()
+            {
+                // A raft thread that has gone drops them, and their callers learn that the server stopped.
+                let _ = driver.push_all(&mut calls);
+            }
         }
     }
 
-    fn finish(&self, finished: Finished) {
+    /// Asks the raft thread something, together with what else is asked in this turn of the runtime.
+    pub(super) fn call(&self, input: Input) -> Result<(), Closed> {
         if self.direct {
-            return finished.complete();
+            return self.driver.get().map_or(Err(Closed), |driver| driver.push(input));
         }
-        let mut queue = self.finished.lock().unwrap_or_else(PoisonError::into_inner);
-        queue.push(finished);
-        let first = queue.len() == 1;
-        drop(queue);
-        // Whoever finds the queue empty wakes the runtime; the others ride along.
-        if first {
-            self.filled.notify_one();
-        }
+        push(&self.calls, [input], &self.filled);
+        Ok(())
+    }
+
+    fn finish(&self, finished: Finished) {
+        if self.direct { finished.complete() } else { push(&self.finished, [finished], &self.filled) }
     }
 
     /// Wakes a stream that lives on this runtime.
     pub(crate) fn wake(&self, stream: Arc<Notify>) {
         self.finish(Finished::Wake(stream));
+    }
+}
+
+/// Whoever finds the queue empty wakes the runtime; the others ride along.
+fn push<T>(queue: &Mutex<Vec<T>>, items: impl IntoIterator<Item = T>, filled: &Notify) {
+    let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+    let was_empty = queue.is_empty();
+    queue.extend(items);
+    let filled_now = was_empty && !queue.is_empty();
+    drop(queue);
+    if filled_now {
+        filled.notify_one();
+    }
+}
+
+/// Answers that were found in one turn of the raft thread, sent with one wake-up for each runtime.
+#[derive(Default)]
+pub(crate) struct Answers(Vec<(Arc<Edge>, Vec<Finished>)>);
+
+impl Answers {
+    /// The outcome of a proposal, or why there is none.
+    pub(crate) fn finish(&mut self, waiter: Waiter, result: Result<Outcome, Error>) {
+        let finished = match waiter.answer {
+            Answer::Outcome(caller) => Finished::Outcome(caller, result),
+            Answer::Read(caller) => Finished::Read(caller, result.map(drop)),
+        };
+        self.add(waiter.edge, finished);
+    }
+
+    /// A read may go on.
+    pub(crate) fn release(&mut self, waiter: Waiter) {
+        match waiter.answer {
+            Answer::Read(caller) => self.add(waiter.edge, Finished::Read(caller, Ok(()))),
+            // Dropping the sender answers "stopped": an outcome can't be made up.
+            Answer::Outcome(caller) => drop(caller),
+        }
+    }
+
+    pub(crate) fn fail(&mut self, waiter: Waiter, error: Error) {
+        self.finish(waiter, Err(error));
+    }
+
+    fn add(&mut self, edge: Arc<Edge>, finished: Finished) {
+        if edge.direct {
+            return finished.complete();
+        }
+        match self.0.iter_mut().find(|(of, _)| Arc::ptr_eq(of, &edge)) {
+            Some((_, batch)) => batch.push(finished),
+            None => self.0.push((edge, vec![finished])),
+        }
+    }
+
+    pub(crate) fn send(&mut self) {
+        for (edge, batch) in self.0.drain(..) {
+            push(&edge.finished, batch, &edge.filled);
+        }
     }
 }
 
@@ -92,34 +169,5 @@ impl Waiter {
     pub(crate) fn read(edge: &Arc<Edge>) -> (Waiter, oneshot::Receiver<Result<(), Error>>) {
         let (answer, done) = oneshot::channel();
         (Waiter { answer: Answer::Read(answer), edge: Arc::clone(edge) }, done)
-    }
-
-    /// The outcome of a proposal. A read that is given one was mixed up by its owner, and is failed.
-    pub(crate) fn finish(self, result: Result<Outcome, Error>) {
-        match self.answer {
-            Answer::Outcome(caller) => self.edge.finish(Finished::Outcome(caller, result)),
-            Answer::Read(caller) => self.edge.finish(Finished::Read(caller, result.map(drop))),
-        }
-    }
-
-    /// A read may go on.
-    pub(crate) fn release(self) {
-        match self.answer {
-            Answer::Read(caller) => self.edge.finish(Finished::Read(caller, Ok(()))),
-            // Dropping the sender answers "stopped": an outcome can't be made up.
-            Answer::Outcome(caller) => drop(caller),
-        }
-    }
-
-    pub(crate) fn fail(self, error: Error) {
-        self.finish(Err(error));
-    }
-
-    /// Whether the caller has gone away meanwhile.
-    pub(crate) fn is_abandoned(&self) -> bool {
-        match &self.answer {
-            Answer::Outcome(caller) => caller.is_closed(),
-            Answer::Read(caller) => caller.is_closed(),
-        }
     }
 }

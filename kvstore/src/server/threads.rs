@@ -51,18 +51,6 @@ impl Threads {
         Ok(())
     }
 
-    /// A thread that lives on batches: being woken, it lets the one that woke it finish what it is about.
-    pub(super) fn spawn_batching(
-        &mut self,
-        name: &str,
-        body: impl FnOnce() -> Result<(), Fatal> + Send + 'static,
-    ) -> Result<(), std::io::Error> {
-        self.spawn(name, move || {
-            wake_politely();
-            body()
-        })
-    }
-
     /// The peers' runtime on its thread, with the server on `listeners`.
     pub(super) fn peers(
         &mut self,
@@ -101,18 +89,6 @@ impl Threads {
             let (_, thread) = self.threads.swap_remove(at);
             let _ = thread.join();
         }
-    }
-}
-
-/// On one core the kernel lets a woken thread preempt its waker, so the raft thread would run for each single proposal
-/// (measured: 147,000 switches for 300,000 puts). Threads of the batch class wait until the waker sleeps or its slice is
-/// over. Where that is not allowed, batches are smaller; nothing else changes.
-fn wake_politely() {
-    let param = libc::sched_param { sched_priority: 0 };
-    // SAFETY: `param` is a valid sched_param for the length of the call; pid 0 is the calling thread.
-    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const param) };
-    if result != 0 {
-        tracing::debug!("no batch scheduling: {}", std::io::Error::last_os_error());
     }
 }
 
