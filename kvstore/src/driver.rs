@@ -197,7 +197,8 @@ impl Driver {
         for input in batch.drain(..) {
             match input {
                 Input::Propose { id, data, waiter } => {
-                    self.pending.propose(id, waiter, self.ticks, self.timeout_ticks);
+                    // A tick longer than Raft holds it for want of a leader: then what is known for certain is said first.
+                    self.pending.propose(id, waiter, self.ticks, self.timeout_ticks + 1);
                     proposals.push(Proposal { id, data });
                 }
                 Input::Read { waiter } => reads.push(waiter),
@@ -242,10 +243,6 @@ impl Driver {
         if leader.is_some_and(|leader| self.outlets.peers.active_since(leader).is_none()) {
             let until = self.ticks + self.timeout_ticks;
             self.held.extend(proposals.into_iter().map(|proposal| (until, proposal)));
-            while self.held.front().is_some_and(|(until, _)| *until <= self.ticks) {
-                // Its caller has been told that it timed out.
-                self.held.pop_front();
-            }
             return Ok(());
         }
         let mut all: Vec<Proposal> = self.held.drain(..).map(|(_, proposal)| proposal).collect();
@@ -270,6 +267,10 @@ impl Driver {
             self.ticks += 1;
             self.replica.step(replica::Input::Tick)?;
             self.leases.tick(self.clock.now());
+            // What no leader ever took did not happen, and etcd has an error of its own for that.
+            while let Some((_, proposal)) = self.held.pop_front_if(|(until, _)| *until <= self.ticks) {
+                self.not_proposed(proposal.id, Error::ContextDeadlineExceeded);
+            }
             let link = self.link();
             for (waiter, error) in self.pending.expire(self.ticks, link) {
                 self.answers.fail(waiter, error);

@@ -91,6 +91,8 @@ etcd_errors! {
     NoInflightDowngrade => "etcdserver: no inflight downgrade job",
     Canceled => "etcdserver: request canceled",
     DeadlineExceeded => "etcdserver: context deadline exceeded",
+    /// A proposal that no leader took in time: not even in the log. etcd passes its context's own error through.
+    ContextDeadlineExceeded => "context deadline exceeded",
 }
 
 /// This member can't go on: its disk, its data or an invariant is broken. Never an answer to a client.

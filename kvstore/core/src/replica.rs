@@ -236,7 +236,7 @@ impl Replica {
             && self.ticks - since >= self.config.hold_ticks
         {
             let proposal = self.held_proposals.pop().expect("its front was just seen");
-            self.next.failed.push((proposal.id, Error::Timeout));
+            self.next.failed.push((proposal.id, Error::ContextDeadlineExceeded));
         }
     }
 

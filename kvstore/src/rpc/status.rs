@@ -67,7 +67,7 @@ pub fn code(error: &Error) -> Code {
         | Unhealthy => Code::Unavailable,
         Corrupt => Code::DataLoss,
         WatchCanceled | Canceled => Code::Cancelled,
-        DeadlineExceeded => Code::DeadlineExceeded,
+        DeadlineExceeded | ContextDeadlineExceeded => Code::DeadlineExceeded,
         // etcd maps these two to errors of its client library, which carry no code.
         MemberNotEnoughStarted | TooManyRequests => Code::Unknown,
         Other(_) => Code::Unknown,

@@ -544,7 +544,7 @@ fn a_proposal_that_finds_no_leader_fails_in_the_end() {
     desk.tick(ticks - 1);
     assert!(desk.at(A).failed.is_empty());
     desk.tick(1);
-    assert_eq!(desk.at(A).failed, vec![(RequestId(1), Error::Timeout)]);
+    assert_eq!(desk.at(A).failed, vec![(RequestId(1), Error::ContextDeadlineExceeded)]);
 }
 
 #[test]
