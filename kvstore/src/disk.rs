@@ -19,6 +19,8 @@ mod log;
 mod owner;
 pub mod rocks;
 pub mod snapshot;
+#[cfg(test)]
+mod tests;
 
 use std::fmt::Display;
 use std::fs::{self, File, OpenOptions, TryLockError};

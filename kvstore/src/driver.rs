@@ -316,8 +316,8 @@ impl Driver {
             self.answers.release(waiter);
         }
         self.answers.send();
-        let (leadership, committed) = (self.leadership, self.replica.status().committed);
-        self.shared.raft.set_position(leadership.leader, leadership.term, leadership.is_leader, committed);
+        let status = self.replica.status();
+        self.shared.raft.set_position(self.leadership, status.committed, status.first_index);
         Ok(())
     }
 

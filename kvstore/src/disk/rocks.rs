@@ -279,14 +279,20 @@ impl Rocks {
         self.state.flush_all()
     }
 
-    /// Bytes of the state's files.
-    pub fn disk_size(&self) -> Result<u64, Fatal> {
-        super::dir_size(&self.state.files.path)
-    }
-
     /// Where the state's files are, for whoever asks their size.
     pub fn path(&self) -> &Path {
         &self.state.files.path
+    }
+}
+
+#[cfg(test)]
+impl Rocks {
+    /// From here on only flushes change the files, so that they can be copied between them.
+    pub(super) fn stop_compactions(&self) {
+        for table in Table::ALL {
+            let options = [("disable_auto_compactions", "true")];
+            self.state.db.set_options_cf(self.state.family(table), &options).expect("an option that can be changed");
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use kvstore_core::replica::Leadership;
 use kvstore_core::types::{Index, MemberId, RequestId};
 
 use super::{Hub, Identity, InboxLimits, Published, RaftStatus};
@@ -59,9 +60,16 @@ pub(crate) struct RaftCell {
     is_leader: AtomicBool,
     committed: AtomicU64,
     applied: AtomicU64,
+    first: AtomicU64,
 }
 
 impl RaftCell {
+    /// The first entry that the log still has.
+    #[cfg(test)]
+    pub(crate) fn first_index(&self) -> Index {
+        self.first.load(Ordering::Acquire)
+    }
+
     pub(crate) fn committed(&self) -> Index {
         self.committed.load(Ordering::Acquire)
     }
@@ -74,11 +82,12 @@ impl RaftCell {
         self.applied.store(applied, Ordering::Release);
     }
 
-    pub(crate) fn set_position(&self, leader: Option<MemberId>, term: u64, is_leader: bool, committed: Index) {
-        self.leader.store(leader.map_or(0, |id| id.0), Ordering::Release);
-        self.term.store(term, Ordering::Release);
-        self.is_leader.store(is_leader, Ordering::Release);
+    pub(crate) fn set_position(&self, known: Leadership, committed: Index, first: Index) {
+        self.leader.store(known.leader.map_or(0, |id| id.0), Ordering::Release);
+        self.term.store(known.term, Ordering::Release);
+        self.is_leader.store(known.is_leader, Ordering::Release);
         self.committed.store(committed, Ordering::Release);
+        self.first.store(first, Ordering::Release);
     }
 
     pub(crate) fn get(&self) -> RaftStatus {

@@ -134,3 +134,129 @@ fn one_member_serves_and_finds_everything_again_after_a_restart() {
     });
     member.stop_machines();
 }
+
+/// Three members on ports of their own.
+struct Three {
+    runtime: tokio::runtime::Runtime,
+    configs: Vec<Config>,
+    members: Vec<Option<Member>>,
+}
+
+impl Three {
+    fn start(dir: &TempDir) -> Three {
+        let peers: Vec<TcpListener> = (0..3).map(|_| listener()).collect();
+        let founders: Vec<Founder> =
+            (0..3).map(|n| Founder { name: format!("m{n}"), peer_urls: vec![url_of(&peers[n]).to_string()] }).collect();
+        let configs: Vec<Config> =
+            peers.iter().enumerate().map(|(n, peer)| config(dir, &format!("m{n}"), peer, &founders)).collect();
+        let members = peers
+            .into_iter()
+            .zip(&configs)
+            .map(|(peer, config)| Some(Member::start(config, vec![peer], open(config)).unwrap()))
+            .collect();
+        Three { runtime: runtime(), configs, members }
+    }
+
+    fn inbox(&self, n: usize) -> &Inbox {
+        &self.members[n].as_ref().unwrap().inbox
+    }
+
+    fn stop(&mut self, n: usize) {
+        self.members[n].take().unwrap().stop_machines();
+    }
+
+    fn restart(&mut self, n: usize) {
+        let config = &self.configs[n];
+        let url = &config.listen_peer_urls[0];
+        // The port is free again as soon as its last owner's thread has gone.
+        let peer = loop {
+            match TcpListener::bind((url.host.as_str(), url.port)) {
+                Ok(peer) => break peer,
+                Err(_) => std::thread::yield_now(),
+            }
+        };
+        peer.set_nonblocking(true).unwrap();
+        self.members[n] = Some(Member::start(config, vec![peer], open(config)).unwrap());
+    }
+
+    fn leader(&self) -> usize {
+        loop {
+            let mut running = (0..3).filter(|n| self.members[*n].is_some());
+            if let Some(leader) = running.find(|n| self.inbox(*n).raft().is_leader) {
+                return leader;
+            }
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[test]
+fn three_members_agree_elect_again_and_catch_up() {
+    let dir = TempDir::new("three");
+    let mut three = Three::start(&dir);
+    let leader = three.leader();
+    let (one, other) = ((leader + 1) % 3, (leader + 2) % 3);
+    three.runtime.block_on(async {
+        put(three.inbox(one), "through", "a follower").await;
+        assert!(contains(get(three.inbox(other), "through").await, "a follower"));
+        // A lease granted through one follower, kept alive through the other, by the leader's clock.
+        let grant = LeaseGrantRequest { id: 77, ttl: 60 };
+        let request = InternalRaftRequest { lease_grant: Some(grant), ..InternalRaftRequest::default() };
+        assert!(matches!(three.inbox(one).propose(request).await, Ok(Outcome::LeaseGrant(_))));
+        assert_eq!(three.inbox(other).lease_keep_alive(LeaseId(77)).await, Ok(60));
+        assert_eq!(three.inbox(other).lease_keep_alive(LeaseId(78)).await, Ok(0));
+        let left = three.inbox(one).lease_time_to_live(LeaseId(77), true).await.unwrap();
+        assert!(left.granted_ttl == 60 && left.ttl >= 58, "{left:?}");
+    });
+    three.stop(leader);
+    let second = three.leader();
+    assert_ne!(second, leader);
+    three.runtime.block_on(async {
+        put(three.inbox(one), "after", "the leader").await;
+        assert!(contains(get(three.inbox(other), "after").await, "the leader"));
+    });
+    three.restart(leader);
+    three.runtime.block_on(async {
+        assert!(contains(get(three.inbox(leader), "after").await, "the leader"));
+        put(three.inbox(leader), "again", "three").await;
+    });
+    (0..3).for_each(|n| three.stop(n));
+}
+
+#[test]
+fn a_member_that_lags_too_far_is_sent_a_snapshot() {
+    let dir = TempDir::new("snapshot");
+    let mut three = Three::start(&dir);
+    let away = (three.leader() + 1) % 3;
+    three.runtime.block_on(async {
+        put(three.inbox(away), "before", "it left").await;
+    });
+    three.stop(away);
+    let leader = three.leader();
+    // Until the log no longer reaches back to where the member left.
+    let inbox = three.inbox(leader).clone();
+    let left = inbox.raft().committed;
+    let raft = &three.members[leader].as_ref().unwrap().shared.raft;
+    let mut batch = 0;
+    three.runtime.block_on(async {
+        while raft.first_index() <= left {
+            batch += 1;
+            let puts = (0..100).map(|n| {
+                let inbox = inbox.clone();
+                async move { put(&inbox, &format!("k{batch}-{n}"), &"v".repeat(50)).await }
+            });
+            futures_util::future::join_all(puts).await;
+        }
+    });
+    let revision = inbox.published().facts.revision;
+    three.restart(away);
+    three.runtime.block_on(async {
+        assert!(contains(get(three.inbox(away), "k1-99").await, "v"));
+        assert!(contains(get(three.inbox(away), "before").await, "it left"));
+        assert_eq!(three.inbox(away).published().facts.revision, revision);
+        put(three.inbox(away), "after", "the snapshot").await;
+    });
+    (0..3).for_each(|n| three.stop(n));
+    let disk = open(&three.configs[away]);
+    assert!(disk.state.installed().index > 5_000, "it caught up without a snapshot: {:?}", disk.state.installed());
+}
