@@ -15,11 +15,13 @@ use std::time::{Duration, Instant};
 
 use kvstore_core::backend::{Backend, WriteBatch};
 use kvstore_core::lease::LeaseChange;
+use kvstore_core::mvcc::{EventKind, RevisionEvents};
 use kvstore_core::replica::SnapshotTicket;
 use kvstore_core::store::{Outcome, Store, StoreConfig};
 use kvstore_core::types::{Entry, Index, RequestId};
 use kvstore_core::{Error, Fatal};
 
+use crate::counts::Counts;
 use crate::disk::{NewState, Rocks, View, dir_size};
 use crate::driver::Input;
 use crate::inbox::{Published, Shared};
@@ -139,6 +141,7 @@ impl Applier {
         self.applied = applied.index;
         let revision = self.store.facts().revision;
         let shared = &self.shared;
+        count(&shared.counts, &applied.events);
         let (wakes, behind) = shared.hub.with(|hub| {
             let mut wakes = hub.publish(revision, applied.events);
             if let Some(compacted) = applied.compacted {
@@ -235,4 +238,12 @@ impl Applier {
         tracing::info!(index = self.applied, revision, "applied snapshot");
         Ok(())
     }
+}
+
+/// A put and a delete for each key that changed.
+fn count(counts: &Counts, events: &[RevisionEvents]) {
+    let all = || events.iter().flat_map(|revision| &revision.events);
+    let puts = all().filter(|event| event.kind == EventKind::Put).count() as u64;
+    counts.puts.add(puts);
+    counts.deletes.add(all().count() as u64 - puts);
 }

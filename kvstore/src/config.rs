@@ -188,7 +188,7 @@ impl Config {
     fn judge_founders(&self) -> Result<(), ConfigError> {
         let Some(own) = self.founders.iter().find(|f| f.name == self.name) else {
             return Err(ConfigError::Conflict(format!(
-                "couldn't find local name {:?} in the initial cluster configuration",
+                "--initial-cluster: couldn't find local name {:?} in the initial cluster configuration",
                 self.name
             )));
         };
@@ -246,7 +246,7 @@ impl<'a> Values<'a> {
         let urls = self.urls(flag)?;
         for url in &urls {
             if url.host != "localhost" && url.host.parse::<std::net::IpAddr>().is_err() {
-                return Err(ConfigError::Conflict(format!("expected IP in URL for binding ({url})")));
+                return Err(ConfigError::Conflict(format!("--{flag}: expected IP in URL for binding ({url})")));
             }
         }
         Ok(urls)
@@ -405,7 +405,10 @@ mod tests {
 
     #[test]
     fn bad_urls_are_named() {
-        assert_eq!(error("--listen-client-urls=http://x:1"), "expected IP in URL for binding (http://x:1)");
+        assert_eq!(
+            error("--listen-client-urls=http://x:1"),
+            "--listen-client-urls: expected IP in URL for binding (http://x:1)"
+        );
         assert!(error("--listen-peer-urls=127.0.0.1:1").contains("URL scheme must be http"));
         assert!(error("--listen-peer-urls=http://127.0.0.1").contains("does not have the form \"host:port\""));
         assert!(error("--listen-peer-urls=http://127.0.0.1:1/x").contains("must not contain a path"));
@@ -431,7 +434,7 @@ mod tests {
         assert!(error("--election-timeout=60000").contains("is too long, and should be set less than 50000ms"));
         assert_eq!(
             error("--name=bar --initial-cluster=foo=http://localhost:2380"),
-            "couldn't find local name \"bar\" in the initial cluster configuration"
+            "--initial-cluster: couldn't find local name \"bar\" in the initial cluster configuration"
         );
         assert!(
             error("--initial-cluster=default=http://localhost:1")

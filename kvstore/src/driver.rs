@@ -365,7 +365,10 @@ impl Driver {
     fn leadership_changed(&mut self, new: Leadership) -> Result<(), Fatal> {
         let id = self.shared.identity.member_id;
         match new.leader {
-            Some(leader) => tracing::info!("raft.node: {id} elected leader {leader} at term {}", new.term),
+            Some(leader) => {
+                self.shared.counts.leader_changes.add(1);
+                tracing::info!("raft.node: {id} elected leader {leader} at term {}", new.term);
+            }
             None if self.leadership.leader.is_some() => {
                 tracing::info!("raft.node: {id} lost its leader at term {}", new.term);
             }

@@ -32,7 +32,7 @@ pub(crate) async fn client<B>(context: &Context, request: &Request<B>) -> Respon
 }
 
 /// Serves the metrics port's connections.
-pub async fn serve_metrics_connection(
+pub(crate) async fn serve_metrics_connection(
     stream: TcpStream,
     inbox: Inbox,
     metrics: std::sync::Arc<Metrics>,
@@ -102,11 +102,11 @@ async fn health(inbox: &Inbox, counts: &Metrics, query: &Query) -> Response<Byte
     };
     match reason {
         None => {
-            counts.health_success.add();
+            counts.health_success.add(1);
             page(StatusCode::OK, "application/json", r#"{"health":"true","reason":""}"#)
         }
         Some(reason) => {
-            counts.health_failure.add();
+            counts.health_failure.add(1);
             tracing::warn!(reason, "serving /health false");
             let json = format!("{{\"health\":\"false\",\"reason\":\"{reason}\"}}\n");
             page(StatusCode::SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", json)

@@ -23,6 +23,7 @@ use kvstore_core::types::{ClusterId, Index, LeaseId, MemberId, Term};
 use kvstore_core::{Error, Fatal};
 use prost::Message;
 
+use crate::counts::Counts;
 use crate::disk;
 use crate::driver::Input;
 
@@ -154,6 +155,11 @@ impl Inbox {
     pub(crate) fn broken(&self, fatal: &Fatal) -> Error {
         tracing::error!("reading the state failed: {fatal}");
         Error::Stopped
+    }
+
+    /// What the member's threads have counted.
+    pub fn counts(&self) -> &Counts {
+        &self.shared.counts
     }
 
     /// Bytes that the state takes on disk (`dbSize`).

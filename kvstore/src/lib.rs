@@ -3,6 +3,7 @@
 mod applier;
 pub mod cli;
 pub mod config;
+pub mod counts;
 pub mod disk;
 mod driver;
 pub mod edge;

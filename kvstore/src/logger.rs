@@ -3,9 +3,12 @@
 //! While one batch is being synced the next one fills; that is where throughput comes from. Reads of old entries for
 //! followers that lag run here too, behind the writes that were asked for before them.
 
+use std::time::Instant;
+
 use kvstore_core::Fatal;
 use kvstore_core::replica::{Fetch, LogWrite};
 
+use crate::counts::Histogram;
 use crate::disk::Log;
 use crate::driver::Input;
 use crate::mailbox::{Mailbox, Receiver};
@@ -18,7 +21,12 @@ pub(crate) enum Job {
     Stop,
 }
 
-pub(crate) fn run(mut log: Log, jobs: &Receiver<Job>, driver: &Mailbox<Input>) -> Result<(), Fatal> {
+pub(crate) fn run(
+    mut log: Log,
+    jobs: &Receiver<Job>,
+    driver: &Mailbox<Input>,
+    fsyncs: &Histogram,
+) -> Result<(), Fatal> {
     let mut batch = Vec::new();
     loop {
         jobs.take(&mut batch, None);
@@ -31,7 +39,9 @@ pub(crate) fn run(mut log: Log, jobs: &Receiver<Job>, driver: &Mailbox<Input>) -
             }
         }
         if let Some(number) = writes.last().map(|write| write.number) {
+            let begun = Instant::now();
             log.write(&writes)?;
+            fsyncs.observe(begun.elapsed());
             // A raft thread that has gone needs no answer: the member is stopping.
             let _ = driver.push(Input::Persisted { number });
         }

@@ -42,8 +42,9 @@ use keelson_proto::grpc_health_v1::health_server::HealthServer;
 use kvstore_core::Error;
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
+use tonic::server::NamedService;
 use tonic::service::Routes;
+use tonic::{Code, Status};
 use tower_service::Service as _;
 
 pub(crate) use status::status;
@@ -56,6 +57,16 @@ use watch::{WatchConfig, WatchService};
 use crate::http as web;
 use crate::inbox::Inbox;
 use crate::metrics::Metrics;
+
+/// The services that are registered, for what is said of an unknown method.
+const SERVICES: [&str; 6] = [
+    KvServer::<kv::KvService>::NAME,
+    WatchService::NAME,
+    LeaseServer::<LeaseService>::NAME,
+    ClusterServer::<cluster::ClusterService>::NAME,
+    MaintenanceServer::<maintenance::MaintenanceService>::NAME,
+    HealthServer::<health::HealthService>::NAME,
+];
 
 /// How much a gRPC message may exceed `max_request_bytes`, as in etcd: room for what surrounds the request.
 const GRPC_OVERHEAD_BYTES: usize = 512 * 1024;
@@ -153,7 +164,6 @@ impl Rpc {
         if !is_grpc(&request) {
             return web::client(&self.context, &request).await.map(Body::Full);
         }
-        self.context.metrics.started.add();
         if requires_leader(request.headers()) && self.context.inbox.raft().leader.is_none() {
             return refused(&status(&Error::NoLeader));
         }
@@ -166,11 +176,20 @@ impl Rpc {
 
     /// tonic's routes, which serve everything.
     async fn route(&self, request: Request<Incoming>) -> Response<Body> {
+        let path = request.uri().path().to_owned();
         let mut routes = Routes::clone(&self.routes);
-        match routes.call(request.map(tonic::body::Body::new)).await {
-            Ok(response) => response.map(Body::Tonic),
+        let response = match routes.call(request.map(tonic::body::Body::new)).await {
+            Ok(response) => response,
             Err(never) => match never {},
+        };
+        if is_unheard_of(&response) {
+            return refused(&Status::unimplemented(unheard_of(&path)));
         }
+        let ended = Ended { metrics: Arc::clone(&self.context.metrics), path, code: Code::Cancelled };
+        ended.metrics.routed_started(&ended.path);
+        let (head, body) = response.into_parts();
+        let ended = ended.seen(&head.headers);
+        Response::from_parts(head, Body::Tonic(body, ended))
     }
 }
 
@@ -220,6 +239,50 @@ pub(crate) fn requires_leader(metadata: &HeaderMap) -> bool {
     metadata.get("hasleader").is_some_and(|value| value.as_bytes() == b"true")
 }
 
+/// tonic's own answer to a path that nobody registered has no text; one of ours has.
+fn is_unheard_of(response: &Response<tonic::body::Body>) -> bool {
+    let field = |name| response.headers().get(name).map(http::HeaderValue::as_bytes);
+    field("grpc-status") == Some(b"12") && field("grpc-message").is_none_or(<[u8]>::is_empty)
+}
+
+/// What gRPC says of such a path.
+fn unheard_of(path: &str) -> String {
+    let (service, method) = path.trim_start_matches('/').rsplit_once('/').unwrap_or((path, ""));
+    if SERVICES.contains(&service) {
+        format!("unknown method {method} for service {service}")
+    } else {
+        format!("unknown service {service}")
+    }
+}
+
+/// Counts how a routed RPC ended, when its body is dropped.
+pub struct Ended {
+    metrics: Arc<Metrics>,
+    path: String,
+    /// A stream that is dropped before it has a status was cancelled by its client.
+    code: Code,
+}
+
+impl Ended {
+    /// Notes a status in headers or trailers.
+    fn seen(mut self, fields: &HeaderMap) -> Ended {
+        self.see(fields);
+        self
+    }
+
+    fn see(&mut self, fields: &HeaderMap) {
+        if let Some(status) = fields.get("grpc-status") {
+            self.code = Code::from_bytes(status.as_bytes());
+        }
+    }
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.metrics.routed_handled(&self.path, self.code);
+    }
+}
+
 /// A response that is nothing but a status.
 fn refused(status: &Status) -> Response<Body> {
     let mut response = Response::new(Body::Unary { message: None, trailers: None });
@@ -235,7 +298,7 @@ fn refused(status: &Status) -> Response<Body> {
 pub enum Body {
     Unary { message: Option<Bytes>, trailers: Option<HeaderMap> },
     Full(Bytes),
-    Tonic(tonic::body::Body),
+    Tonic(tonic::body::Body, Ended),
 }
 
 impl http_body::Body for Body {
@@ -249,7 +312,15 @@ impl http_body::Body for Body {
             }
             Body::Full(page) if page.is_empty() => Poll::Ready(None),
             Body::Full(page) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(page))))),
-            Body::Tonic(body) => Poll::Ready(ready!(Pin::new(body).poll_frame(cx))),
+            Body::Tonic(body, ended) => {
+                let frame = ready!(Pin::new(body).poll_frame(cx));
+                if let Some(Ok(frame)) = &frame
+                    && let Some(trailers) = frame.trailers_ref()
+                {
+                    ended.see(trailers);
+                }
+                Poll::Ready(frame)
+            }
         }
     }
 
@@ -257,7 +328,7 @@ impl http_body::Body for Body {
         match self {
             Body::Unary { message, trailers } => message.is_none() && trailers.is_none(),
             Body::Full(page) => page.is_empty(),
-            Body::Tonic(body) => body.is_end_stream(),
+            Body::Tonic(body, _) => body.is_end_stream(),
         }
     }
 
@@ -266,7 +337,7 @@ impl http_body::Body for Body {
             // Trailers follow: a length would end the body with the data.
             Body::Unary { .. } => http_body::SizeHint::default(),
             Body::Full(page) => http_body::SizeHint::with_exact(page.len() as u64),
-            Body::Tonic(body) => body.size_hint(),
+            Body::Tonic(body, _) => body.size_hint(),
         }
     }
 }

@@ -285,6 +285,7 @@ impl Member {
             raft: RaftCell::default(),
             ids: RequestIds::new(owner.member_id),
             disk_size: AtomicI64::new(0),
+            counts: Arc::default(),
             peers: OnceLock::new(),
             published: PublishedCell::new(Published { view: view.clone(), facts: facts.clone() }),
         });
@@ -319,7 +320,8 @@ impl Member {
             batch_entries: BATCH_ENTRIES,
         };
         let writer = Applier::new(applier_config, state, store, view, Arc::clone(&shared));
-        threads.spawn("raft-log", move || logger::run(log, &logger_jobs, &driver))?;
+        let counts = Arc::clone(&shared.counts);
+        threads.spawn("raft-log", move || logger::run(log, &logger_jobs, &driver, &counts.log_fsync))?;
         threads.spawn("apply", move || {
             // The directory stays locked as long as its writer lives.
             let _dir = dir;

@@ -8,6 +8,7 @@ use kvstore_core::replica::Leadership;
 use kvstore_core::types::{Index, MemberId, RequestId};
 
 use super::{Hub, Identity, InboxLimits, Published, RaftStatus};
+use crate::counts::Counts;
 use crate::driver::Input;
 use crate::mailbox::Mailbox;
 use crate::peer::Peers;
@@ -22,6 +23,7 @@ pub(crate) struct Shared {
     pub(crate) raft: RaftCell,
     pub(crate) ids: RequestIds,
     pub(crate) disk_size: AtomicI64,
+    pub(crate) counts: Arc<Counts>,
     /// Set once, before anything is served.
     pub(crate) peers: OnceLock<Peers>,
 }

@@ -9,12 +9,13 @@ use http::{HeaderMap, HeaderValue, Response};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use prost::Message;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::encoded::{self, PREFIX};
 use super::{Body, Context, kv, refused};
+use crate::metrics::Metrics;
 
-/// The methods served here.
+/// The methods served here, in the order of [`Metrics::HOT`](crate::metrics::Metrics::HOT).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Method {
     Range,
@@ -25,24 +26,21 @@ pub(super) enum Method {
 
 impl Method {
     pub(super) fn of(path: &str) -> Option<Method> {
-        match path.strip_prefix("/etcdserverpb.KV/")? {
-            "Range" => Some(Method::Range),
-            "Put" => Some(Method::Put),
-            "DeleteRange" => Some(Method::DeleteRange),
-            "Txn" => Some(Method::Txn),
-            _ => None,
-        }
+        const METHODS: [Method; Metrics::HOT.len()] = [Method::Range, Method::Put, Method::DeleteRange, Method::Txn];
+        Metrics::HOT.iter().position(|hot| *hot == path).map(|place| METHODS[place])
     }
 }
 
 pub(super) async fn serve(context: &Context, method: Method, body: Incoming) -> Response<Body> {
+    let counts = &context.metrics.hot[method as usize];
+    counts.started.add(1);
     match answer(context, method, body).await {
         Ok(frame) => {
-            context.metrics.handled_ok.add();
+            counts.handled(Code::Ok);
             accepted(frame)
         }
         Err(status) => {
-            context.metrics.handled_error.add();
+            counts.handled(status.code());
             refused(&status)
         }
     }
