@@ -208,32 +208,7 @@ fn settle_families(spec: &mut k8s::ServiceSpec, before: Option<&k8s::ServiceSpec
     let default = if selectorless_headless { "RequireDualStack" } else { "SingleStack" };
     let policy = spec.ip_family_policy.take().or(inherited).unwrap_or_else(|| default.into());
     spec.ip_family_policy = Some(policy.clone());
-    let refuse_policy = |reason: &str| {
-        let value = format!("{policy:?}");
-        Refusal::Invalid { field: "spec.ipFamilyPolicy".into(), value, reason: reason.into() }
-    };
-    if !matches!(policy.as_str(), "SingleStack" | "PreferDualStack" | "RequireDualStack") {
-        return Err(refuse_policy("supported values: \"PreferDualStack\", \"RequireDualStack\", \"SingleStack\""));
-    }
-    let single = policy == "SingleStack";
-    if single && let Some(before) = before {
-        if spec.cluster_ips == before.cluster_ips {
-            spec.cluster_ips.truncate(1);
-        }
-        if spec.ip_families == before.ip_families {
-            spec.ip_families.truncate(1);
-        }
-    }
-    if single && spec.cluster_ips.len() > 1 {
-        return Err(refuse_policy(
-            "must be 'RequireDualStack' or 'PreferDualStack' when multiple cluster IPs are specified",
-        ));
-    }
-    if single && spec.ip_families.len() > 1 {
-        return Err(refuse_policy(
-            "must be 'RequireDualStack' or 'PreferDualStack' when multiple IP families are specified",
-        ));
-    }
+    let single = settle_policy(spec, before, &policy)?;
     infer_families(spec, &families)?;
     if selectorless_headless {
         // Nobody follows its endpoints, so it may claim families that the cluster does not have.
@@ -257,7 +232,7 @@ fn settle_families(spec: &mut k8s::ServiceSpec, before: Option<&k8s::ServiceSpec
         return Ok(());
     }
     if policy == "RequireDualStack" && families.len() < 2 {
-        return Err(refuse_policy("this cluster is not configured for dual-stack services"));
+        return Err(refuse_policy(&policy, "this cluster is not configured for dual-stack services"));
     }
     for (i, name) in spec.ip_families.iter().enumerate() {
         if !family_named(name).is_some_and(|family| families.contains(&family)) {
@@ -280,6 +255,43 @@ fn settle_families(spec: &mut k8s::ServiceSpec, before: Option<&k8s::ServiceSpec
         spec.ip_families.push(second);
     }
     Ok(())
+}
+
+/// Whether `ipFamilyPolicy` asks for one family, once what it says is known to fit the addresses and families asked for.
+/// A Service that goes back to one family keeps its first of what it had.
+fn settle_policy(
+    spec: &mut k8s::ServiceSpec,
+    before: Option<&k8s::ServiceSpec>,
+    policy: &str,
+) -> Result<bool, Refusal> {
+    if !matches!(policy, "SingleStack" | "PreferDualStack" | "RequireDualStack") {
+        return Err(refuse_policy(
+            policy,
+            "supported values: \"PreferDualStack\", \"RequireDualStack\", \"SingleStack\"",
+        ));
+    }
+    if policy != "SingleStack" {
+        return Ok(false);
+    }
+    if let Some(before) = before {
+        if spec.cluster_ips == before.cluster_ips {
+            spec.cluster_ips.truncate(1);
+        }
+        if spec.ip_families == before.ip_families {
+            spec.ip_families.truncate(1);
+        }
+    }
+    for (asked, what) in [(spec.cluster_ips.len(), "cluster IPs"), (spec.ip_families.len(), "IP families")] {
+        if asked > 1 {
+            let reason = format!("must be 'RequireDualStack' or 'PreferDualStack' when multiple {what} are specified");
+            return Err(refuse_policy(policy, &reason));
+        }
+    }
+    Ok(true)
+}
+
+fn refuse_policy(policy: &str, reason: &str) -> Refusal {
+    Refusal::Invalid { field: "spec.ipFamilyPolicy".into(), value: format!("{policy:?}"), reason: reason.into() }
 }
 
 /// An address that was asked for says its family.
