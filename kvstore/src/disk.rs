@@ -61,6 +61,12 @@ pub struct MemberDir {
 }
 
 impl MemberDir {
+    /// Whether nobody has lived here yet.
+    pub fn is_fresh(data_dir: &Path) -> bool {
+        let member = data_dir.join("member");
+        !member.exists() || matches!(current::read(&member), Ok(None))
+    }
+
     /// Looks before it touches: a directory that is not ours to open is left as it was found. `allowed` judges whose
     /// it is.
     pub fn lock(data_dir: &Path, allowed: impl FnOnce(&Owner) -> Result<(), String>) -> Result<MemberDir, Fatal> {

@@ -33,13 +33,17 @@ use crate::driver::{Clock, Input};
 use crate::inbox::Published;
 use crate::mailbox::Mailbox;
 
-pub(crate) use server::PeerService;
+pub(crate) use server::{PeerService, serve};
 
 /// What members say to each other has this version; a peer of another major one is refused.
 pub(crate) const PROTOCOL_VERSION: u32 = 1;
 
 /// The largest message that a member reads from another.
 const MAX_MESSAGE_BYTES: usize = 64 << 20;
+
+/// Flow control: a batch and the largest message fit, so that nothing waits for a window.
+const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
 
 /// Bounds of a link's queue: what lies beyond is dropped.
 const QUEUE_MESSAGES: usize = 8_192;

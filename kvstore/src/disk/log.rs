@@ -157,7 +157,8 @@ impl Log {
         rows
     }
 
-    /// Reads the whole log and keeps its end: everything above `applied`, and below it no more than `tail_bytes`.
+    /// Reads the whole log and keeps its end: everything above `applied`, and below it no more than `tail_bytes`, but
+    /// the last entry always.
     pub fn recover(&self, applied: Index, tail_bytes: usize) -> Result<Recovered, Fatal> {
         let hard_state = self.db.get(HARD_STATE).map_err(|e| self.error(e))?.map(Bytes::from);
         let start = match self.db.get(START).map_err(|e| self.error(e))? {
@@ -172,7 +173,10 @@ impl Log {
             let entry = decode_entry(key, value).ok_or_else(|| damaged("an entry without index or term"))?;
             bytes += entry.bytes.len();
             tail.push_back(entry);
-            while bytes > tail_bytes && tail.front().is_some_and(|first: &LogEntry| first.index <= applied) {
+            while bytes > tail_bytes
+                && tail.len() > 1
+                && tail.front().is_some_and(|first: &LogEntry| first.index <= applied)
+            {
                 let Some(left_out) = tail.pop_front() else { break };
                 bytes -= left_out.bytes.len();
                 if terms.last().is_none_or(|(_, term)| *term != left_out.term) {

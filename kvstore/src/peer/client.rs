@@ -17,7 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 
-use super::{Ids, Link, MAX_MESSAGE_BYTES, PROTOCOL_VERSION};
+use super::{CONNECTION_WINDOW_BYTES, Ids, Link, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, STREAM_WINDOW_BYTES};
 use crate::disk::snapshot::{ROWS_VERSION, read_out};
 use crate::driver::Input;
 use crate::inbox::Published;
@@ -78,8 +78,8 @@ async fn connect(url: &str, link: &Link, ids: Ids) -> Result<PeerClient<Channel>
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true)
-        .initial_stream_window_size(4 << 20)
-        .initial_connection_window_size(16 << 20);
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
     let channel = endpoint.connect().await.map_err(|e| chain(&e))?;
     let mut client =
         PeerClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(usize::MAX);

@@ -1,9 +1,10 @@
 //! What this member offers its peers.
 
+use std::net::TcpListener;
 use std::sync::Arc;
 
 use keelson_proto::etcdserverpb::LeaseKeepAliveResponse;
-use keelson_proto::peer::peer_server::Peer;
+use keelson_proto::peer::peer_server::{Peer, PeerServer};
 use keelson_proto::peer::snapshot_chunk::Chunk;
 use keelson_proto::peer::{
     ForwardRequest, ForwardResponse, HelloRequest, HelloResponse, RaftBatch, RaftSummary, SnapshotChunk, SnapshotHead,
@@ -14,9 +15,12 @@ use kvstore_core::backend::Installed;
 use kvstore_core::replica::wire;
 use kvstore_core::types::LeaseId;
 use tokio::sync::{Mutex, mpsc};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Ids, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, write_error};
+use super::{CONNECTION_WINDOW_BYTES, Ids, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, STREAM_WINDOW_BYTES, write_error};
 use crate::disk::snapshot::{ROWS_VERSION, ReadIn};
 use crate::disk::{NewState, Nursery};
 use crate::driver::Input;
@@ -25,6 +29,28 @@ use crate::mailbox::{Mailbox, Refused};
 
 /// Inputs that may wait for the raft thread before peers are told to wait.
 const DRIVER_QUEUE: usize = 65_536;
+
+/// The peers' port, until `stop`.
+pub(crate) async fn serve(
+    listeners: Vec<TcpListener>,
+    service: PeerService,
+    stop: CancellationToken,
+) -> Result<(), Fatal> {
+    let service =
+        PeerServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(usize::MAX);
+    for listener in listeners {
+        let listener = tokio::net::TcpListener::from_std(listener)
+            .map_err(|error| Fatal::Invariant(format!("the peers' listener can't be used: {error}")))?;
+        let server = Server::builder()
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .add_service(service.clone());
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        tokio::spawn(server.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned()));
+    }
+    stop.cancelled().await;
+    Ok(())
+}
 
 #[derive(Clone)]
 pub(crate) struct PeerService {
@@ -38,9 +64,6 @@ impl PeerService {
     pub(crate) fn new(ids: Ids, driver: Mailbox<Input>, inbox: Inbox, nursery: Nursery) -> Self {
         PeerService { ids, driver, inbox, nursery: Arc::new(Mutex::new(nursery)) }
     }
-
-    /// The largest message that [`Peer`]'s server may be told to read.
-    pub(crate) const MAX_MESSAGE_BYTES: usize = MAX_MESSAGE_BYTES;
 
     fn check(&self, cluster: u64, to: u64) -> Result<(), Status> {
         if cluster != self.ids.cluster.0 {

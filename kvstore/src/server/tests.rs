@@ -118,7 +118,7 @@ fn one_member_serves_and_finds_everything_again_after_a_restart() {
         assert!(contains(get(&member.inbox, "a").await, "one"));
         first
     });
-    member.stop_machines();
+    member.stop();
     assert_eq!(runtime.block_on(member.inbox.read_index()), Err(kvstore_core::Error::Stopped));
     drop(member);
 
@@ -132,7 +132,7 @@ fn one_member_serves_and_finds_everything_again_after_a_restart() {
         let members = &member.inbox.published().facts.members;
         assert_eq!(members[0].member_attributes.as_ref().unwrap().name, "m1");
     });
-    member.stop_machines();
+    member.stop();
 }
 
 /// Three members on ports of their own.
@@ -162,7 +162,7 @@ impl Three {
     }
 
     fn stop(&mut self, n: usize) {
-        self.members[n].take().unwrap().stop_machines();
+        self.members[n].take().unwrap().stop();
     }
 
     fn restart(&mut self, n: usize) {

@@ -1,18 +1,13 @@
 //! The member's threads: named, watched, and joined in order.
 
-use std::net::TcpListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
 
-use keelson_proto::peer::peer_server::PeerServer;
 use kvstore_core::Fatal;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
-use tonic::transport::server::TcpIncoming;
 
 use crate::inbox::Shared;
-use crate::peer::PeerService;
 
 pub(super) struct Threads {
     threads: Vec<(String, JoinHandle<()>)>,
@@ -51,35 +46,22 @@ impl Threads {
         Ok(())
     }
 
-    /// The peers' runtime on its thread, with the server on `listeners`.
-    pub(super) fn peers(
+    /// A current-thread runtime on a thread of its own, which ends with `main`.
+    pub(super) fn runtime(
         &mut self,
-        listeners: Vec<TcpListener>,
-        service: PeerServer<PeerService>,
-        stop: CancellationToken,
+        name: &str,
+        main: impl Future<Output = Result<(), Fatal>> + Send + 'static,
     ) -> Result<Handle, std::io::Error> {
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_all().thread_name("peers-blocking").build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .thread_name(format!("{name}-blocking"))
+            .build()?;
         let handle = runtime.handle().clone();
-        self.spawn("peers", move || {
-            runtime.block_on(async {
-                for listener in listeners {
-                    let listener = tokio::net::TcpListener::from_std(listener)
-                        .map_err(|e| Fatal::Invariant(format!("the peers' listener: {e}")))?;
-                    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-                    let server = tonic::transport::Server::builder()
-                        .initial_stream_window_size(4 << 20)
-                        .initial_connection_window_size(16 << 20)
-                        .add_service(service.clone());
-                    let stop = stop.clone();
-                    tokio::spawn(server.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()));
-                }
-                stop.cancelled().await;
-                Ok(())
-            })?;
+        self.spawn(name, move || {
+            let result = runtime.block_on(main);
             // A snapshot that is being written out stops at its next chunk; nothing waits for it.
             runtime.shutdown_background();
-            Ok(())
+            result
         })?;
         Ok(handle)
     }
