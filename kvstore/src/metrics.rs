@@ -233,9 +233,9 @@ mod tests {
 
     #[test]
     fn codes_are_numbered_as_they_are_named() {
-        for code in 0..CODES {
+        for (code, expected) in CODE_NAMES.iter().enumerate() {
             let name = format!("{:?}", Code::from(code as i32)).replace("Cancelled", "Canceled");
-            assert_eq!(name.to_lowercase(), CODE_NAMES[code].to_lowercase());
+            assert_eq!(name.to_lowercase(), expected.to_lowercase());
         }
     }
 

@@ -13,7 +13,7 @@ pub(crate) struct HealthService;
 
 /// etcd registers the whole server only, under the empty name.
 fn serving(request: &HealthCheckRequest) -> Option<HealthCheckResponse> {
-    request.service.is_empty().then(|| HealthCheckResponse { status: ServingStatus::Serving as i32 })
+    request.service.is_empty().then_some(HealthCheckResponse { status: ServingStatus::Serving as i32 })
 }
 
 #[tonic::async_trait]

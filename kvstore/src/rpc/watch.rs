@@ -367,7 +367,7 @@ mod tests {
             events: events.iter().map(|event| Bytes::from(event.encode_to_vec())).collect(),
             ..Frame::default()
         };
-        let framed = Framed::new(header.clone(), frame);
+        let framed = Framed::new(header, frame);
         let mut out = Vec::new();
         framed.encode(&mut out);
         assert_eq!(out.len(), framed.encoded_len());
