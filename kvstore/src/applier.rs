@@ -79,15 +79,23 @@ struct Flush {
     /// Applied when the last one was started.
     at: Index,
     started: Instant,
+    /// When the disk was last asked how far it is, and what was applied then.
     polled: Instant,
+    polled_at: Index,
+}
+
+impl Flush {
+    fn new(applied: Index) -> Flush {
+        let now = Instant::now();
+        Flush { at: applied, started: now, polled: now, polled_at: applied }
+    }
 }
 
 impl Applier {
     /// `store` was opened on `view`, which is the backend's newest.
     pub(crate) fn new(config: ApplierConfig, backend: Rocks, store: Store, view: View, shared: Arc<Shared>) -> Applier {
         let applied = store.facts().applied_index;
-        let now = Instant::now();
-        let flush = Flush { at: applied, started: now, polled: now };
+        let flush = Flush::new(applied);
         Applier { config, backend, store, view, shared, applied, durable: applied, flush }
     }
 
@@ -122,8 +130,13 @@ impl Applier {
         if self.store.facts().compacting {
             return Some(Instant::now());
         }
-        let behind = self.durable < self.applied;
-        behind.then(|| self.flush.polled + self.config.poll_interval)
+        self.wants_poll().then(|| self.flush.polled + self.config.poll_interval)
+    }
+
+    /// Whether the disk may have come further: our flush is under way, or RocksDB has had writes to flush by itself. An
+    /// idle member asks nothing.
+    fn wants_poll(&self) -> bool {
+        self.durable < self.flush.at || (self.durable < self.applied && self.flush.polled_at < self.applied)
     }
 
     fn apply_all(&mut self, entries: &mut Vec<Entry>) -> Result<(), Fatal> {
@@ -196,8 +209,8 @@ impl Applier {
             (self.flush.at, self.flush.started) = (self.applied, now);
             self.backend.start_flush()?;
         }
-        if self.durable < self.applied && now.duration_since(self.flush.polled) >= self.config.poll_interval {
-            self.flush.polled = now;
+        if self.wants_poll() && now.duration_since(self.flush.polled) >= self.config.poll_interval {
+            (self.flush.polled, self.flush.polled_at) = (now, self.applied);
             let durable = self.backend.durable_applied()?;
             if durable > self.durable {
                 self.durable = durable;
@@ -226,7 +239,7 @@ impl Applier {
         let facts = self.store.facts();
         self.applied = facts.applied_index;
         self.durable = facts.applied_index;
-        self.flush.at = facts.applied_index;
+        self.flush = Flush::new(facts.applied_index);
         let (revision, compacted) = (facts.revision, facts.compacted);
         self.shared.published.set(Published { view: self.view.clone(), facts });
         let wakes = self.shared.hub.with(|hub| hub.installed(revision, compacted));
