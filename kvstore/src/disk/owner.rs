@@ -21,7 +21,7 @@ const OWNER_NEW: &str = "OWNER.new";
 pub struct Owner {
     pub cluster_id: ClusterId,
     pub member_id: MemberId,
-    /// As it was founded; a member keeps it, though it may move to other URLs.
+    /// As it was founded. A member may be renamed, and may move to other URLs, but not both at once.
     pub name: String,
     pub peer_urls: Vec<String>,
 }

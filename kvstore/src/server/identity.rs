@@ -6,7 +6,7 @@ use kvstore_core::store::Founder;
 use kvstore_core::types::{ClusterId, MemberId};
 use sha1::{Digest, Sha1};
 
-use crate::config::{ClusterState, Config};
+use crate::config::{ClusterState, Config, Url};
 use crate::disk::Owner;
 
 /// A cluster that is to be founded, and this member of it.
@@ -60,13 +60,19 @@ fn first_eight(bytes: &[u8]) -> u64 {
     u64::from_be_bytes(*first)
 }
 
-/// A member may move to other URLs, as with etcd; it keeps its name, which is how a directory that belongs to another
-/// member is found out before that one's vote is cast twice.
+/// A member may be renamed and may move, as with etcd, but a directory whose member had another name *and* other peer
+/// URLs is another member's.
 pub(super) fn may_open(config: &Config, owner: &Owner) -> Result<(), String> {
-    if config.name != owner.name {
+    let urls: Vec<String> = config.advertise_peer_urls.iter().map(Url::to_string).collect();
+    if config.name != owner.name && !owner.peer_urls.iter().any(|url| urls.contains(url)) {
         return Err(format!(
-            "this data directory belongs to member {} ({}) of cluster {}, not to {}; a member keeps its --name",
-            owner.name, owner.member_id, owner.cluster_id, config.name
+            "this data directory belongs to member {} ({}, {}) of cluster {}, not to {} ({})",
+            owner.name,
+            owner.member_id,
+            owner.peer_urls.join(","),
+            owner.cluster_id,
+            config.name,
+            urls.join(",")
         ));
     }
     Ok(())
