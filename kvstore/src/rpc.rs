@@ -279,7 +279,7 @@ impl Ended {
 
 impl Drop for Ended {
     fn drop(&mut self) {
-        self.metrics.routed_handled(&self.path, self.code);
+        self.metrics.routed_handled(&self.path, self.code as usize);
     }
 }
 

@@ -103,4 +103,12 @@ mod tests {
             Error::ALL.iter().map(|(name, error)| format!("{name} | {:?} | {error}\n", code(error))).collect();
         assert_eq!(table, GOLDEN);
     }
+
+    #[test]
+    fn metrics_name_codes_as_they_are_numbered() {
+        for (number, name) in crate::metrics::CODE_NAMES.iter().enumerate() {
+            let code = format!("{:?}", Code::from(number as i32)).replace("Cancelled", "Canceled");
+            assert_eq!(code.to_lowercase(), name.to_lowercase());
+        }
+    }
 }

@@ -36,11 +36,11 @@ pub(super) async fn serve(context: &Context, method: Method, body: Incoming) -> 
     counts.started.add(1);
     match answer(context, method, body).await {
         Ok(frame) => {
-            counts.handled(Code::Ok);
+            counts.handled(Code::Ok as usize);
             accepted(frame)
         }
         Err(status) => {
-            counts.handled(status.code());
+            counts.handled(status.code() as usize);
             refused(&status)
         }
     }
