@@ -21,6 +21,7 @@ use kvstore_core::store::{Outcome, Store, StoreConfig};
 use kvstore_core::types::{Entry, Index, RequestId};
 use kvstore_core::{Error, Fatal};
 
+use crate::clock;
 use crate::counts::Counts;
 use crate::disk::{NewState, Rocks, View, dir_size};
 use crate::driver::Input;
@@ -86,7 +87,7 @@ struct Flush {
 
 impl Flush {
     fn new(applied: Index) -> Flush {
-        let now = Instant::now();
+        let now = clock::now();
         Flush { at: applied, started: now, polled: now, polled_at: applied }
     }
 }
@@ -128,7 +129,7 @@ impl Applier {
     /// When there is something to do though no job came.
     fn next_deadline(&self) -> Option<Instant> {
         if self.store.facts().compacting {
-            return Some(Instant::now());
+            return Some(clock::now());
         }
         self.wants_poll().then(|| self.flush.polled + self.config.poll_interval)
     }
@@ -202,7 +203,7 @@ impl Applier {
     }
 
     fn look_after_disk(&mut self) -> Result<(), Fatal> {
-        let now = Instant::now();
+        let now = clock::now();
         if self.applied.saturating_sub(self.flush.at) >= self.config.flush_entries
             && now.duration_since(self.flush.started) >= self.config.flush_interval
         {

@@ -19,12 +19,13 @@ use kvstore_core::pending::{Link, Pending};
 use kvstore_core::replica::{
     self, Effects, Leadership, LogEntry, Proposal, ReadId, Replica, ReplicaConfig, SnapshotTicket,
 };
-use kvstore_core::types::{Index, LeaseId, MemberId, RequestId, Ticks, Timestamp};
+use kvstore_core::types::{Index, LeaseId, MemberId, RequestId, Ticks};
 use kvstore_core::{Error, Fatal, lease};
 use prost::Message;
 use tokio::sync::oneshot;
 
 use crate::applier::{self, Done};
+use crate::clock::{self, Clock};
 use crate::disk::NewState;
 use crate::inbox::{Answers, Shared, Waiter};
 use crate::logger;
@@ -107,20 +108,6 @@ pub(crate) struct Outlets {
     pub(crate) peers: Peers,
 }
 
-/// The raft thread's clock: milliseconds since the process started it.
-#[derive(Clone, Copy)]
-pub(crate) struct Clock(Instant);
-
-impl Clock {
-    pub(crate) fn start() -> Clock {
-        Clock(Instant::now())
-    }
-
-    pub(crate) fn now(&self) -> Timestamp {
-        Timestamp(u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX))
-    }
-}
-
 pub(crate) struct Driver {
     config: DriverConfig,
     replica: Replica,
@@ -167,7 +154,7 @@ impl Driver {
             answers: Answers::default(),
             leadership: Leadership::default(),
             ticks: 0,
-            next_tick: Instant::now(),
+            next_tick: clock::now(),
             next_read: 0,
             tickets: 0,
             received: HashMap::new(),
@@ -260,7 +247,7 @@ impl Driver {
     /// One tick for each interval, but only one after a pause: a process that was stopped has not seen the time pass, and
     /// must not think that its leader has been silent for it.
     fn tick(&mut self) -> Result<(), Fatal> {
-        let now = Instant::now();
+        let now = clock::now();
         if now >= self.next_tick {
             let interval = Duration::from_millis(self.config.heartbeat_ms);
             self.next_tick = (self.next_tick + interval).max(now + interval / 2);

@@ -2,6 +2,7 @@
 
 mod applier;
 pub mod cli;
+mod clock;
 pub mod config;
 pub mod counts;
 pub mod disk;

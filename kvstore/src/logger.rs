@@ -3,11 +3,10 @@
 //! While one batch is being synced the next one fills; that is where throughput comes from. Reads of old entries for
 //! followers that lag run here too, behind the writes that were asked for before them.
 
-use std::time::Instant;
-
 use kvstore_core::Fatal;
 use kvstore_core::replica::{Fetch, LogWrite};
 
+use crate::clock;
 use crate::counts::Histogram;
 use crate::disk::Log;
 use crate::driver::Input;
@@ -39,7 +38,7 @@ pub(crate) fn run(
             }
         }
         if let Some(number) = writes.last().map(|write| write.number) {
-            let begun = Instant::now();
+            let begun = clock::now();
             log.write(&writes)?;
             fsyncs.observe(begun.elapsed());
             // A raft thread that has gone needs no answer: the member is stopping.

@@ -29,7 +29,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tonic::transport::Channel;
 
-use crate::driver::{Clock, Input};
+use crate::clock::Clock;
+use crate::driver::Input;
 use crate::inbox::Published;
 use crate::mailbox::Mailbox;
 

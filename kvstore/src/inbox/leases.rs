@@ -3,15 +3,15 @@
 //! A member that leads answers from its raft thread; one that does not asks the leader, and looks for it again as long
 //! as the caller's time lasts, as etcd does.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use keelson_proto::etcdserverpb::LeaseTimeToLiveResponse;
 use kvstore_core::types::{LeaseId, MemberId};
 use kvstore_core::{Error, lease};
 use tokio::sync::oneshot;
-use tokio::time::Instant;
 
 use super::Inbox;
+use crate::clock;
 use crate::driver::Input;
 
 /// Between two looks for a leader.
@@ -47,7 +47,7 @@ impl Inbox {
     }
 
     fn deadline(&self) -> Instant {
-        Instant::now() + self.shared.limits.request_timeout
+        clock::now() + self.shared.limits.request_timeout
     }
 }
 
@@ -59,7 +59,7 @@ pub(super) async fn keep_alive(inbox: &Inbox, id: LeaseId) -> Result<i64, Error>
             None => inbox.keep_alive_here(id).await,
         };
         match answer {
-            Err(Error::NotLeader) if Instant::now() < deadline => tokio::time::sleep(RETRY).await,
+            Err(Error::NotLeader) if clock::now() < deadline => tokio::time::sleep(RETRY).await,
             Err(Error::NotLeader) => return Err(Error::Timeout),
             answer => return answer,
         }
@@ -74,7 +74,7 @@ pub(super) async fn time_to_live(inbox: &Inbox, id: LeaseId, keys: bool) -> Resu
             None => inbox.time_to_live_here(id, keys).await,
         };
         match answer {
-            Err(Error::NotLeader) if Instant::now() < deadline => tokio::time::sleep(RETRY).await,
+            Err(Error::NotLeader) if clock::now() < deadline => tokio::time::sleep(RETRY).await,
             Err(Error::NotLeader) => return Err(Error::Timeout),
             answer => return answer,
         }

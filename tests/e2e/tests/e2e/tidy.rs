@@ -29,8 +29,8 @@ const ONLY_HERE: &[(&str, &str, &[&str], &str)] = &[
     (
         "Instant::now",
         "kvstore/",
-        &["kvstore/src/server", "kvstore/src/mailbox.rs", "kvstore/src/logger.rs", "kvstore/src/rpc/watch.rs"],
-        "what a machine decides by is a Timestamp of the server's; the others only wait or measure",
+        &["kvstore/src/clock.rs", "kvstore/src/mailbox.rs", "kvstore/src/rpc/watch.rs"],
+        "what a machine decides by is a Timestamp of the server's clock; the others only wait",
     ),
     ("SystemTime::now", "kvstore/", &["kvstore/src/server"], "clocks become a Timestamp in one place"),
     ("std::env::var", "", &["kvstore/src/cli.rs", "proxy/src/cli.rs"], "only the command line reads the environment"),
