@@ -4,9 +4,10 @@
 //! date, unless it asked for less, and is served from the published view. A read that may touch many keys leaves the
 //! runtime for tokio's blocking pool, so that a big list never delays a heartbeat's worth of small requests.
 //!
-//! What it does not do: RangeStream, and waiting for a physical compaction (the data API's issue).
+//! What it does not do: RangeStream (the data API's issue).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use keelson_proto::etcdserverpb::kv_server::Kv;
 use keelson_proto::etcdserverpb::request_op::Request as Op;
@@ -24,6 +25,9 @@ use super::{Context, complete, unexpected};
 
 /// A Range of at most this many keys is served where it arrives.
 const INLINE_LIMIT: i64 = 128;
+
+/// How often a physical compaction looks whether this member has deleted what it had to.
+const PHYSICAL_POLL: Duration = Duration::from_millis(10);
 
 /// What a Range found, and the header of the moment it was read at.
 pub(crate) struct Found {
@@ -87,8 +91,13 @@ pub(crate) async fn txn(context: &Context, request: TxnRequest) -> Result<TxnRes
 }
 
 pub(crate) async fn compact(context: &Context, request: CompactionRequest) -> Result<CompactionResponse, Status> {
+    let physical = request.physical;
     match propose(context, InternalRaftRequest { compaction: Some(request), ..Default::default() }).await? {
         Outcome::Compaction(mut response) => {
+            // The deletion runs in slices between applies, and every slice publishes how far it is.
+            while physical && context.inbox.published().facts.compacting {
+                tokio::time::sleep(PHYSICAL_POLL).await;
+            }
             complete(&context.inbox, &mut response.header);
             Ok(response)
         }
