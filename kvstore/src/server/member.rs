@@ -173,6 +173,7 @@ fn recover(config: &Config, owner: &Owner, log: &Log, state: &Rocks) -> Result<R
 /// What the threads and the edge share.
 fn shared(config: &Config, owner: &Owner, store: &Store, view: &View, driver: Mailbox<Input>) -> Arc<Shared> {
     let facts = store.facts();
+    let watch_limits = WatchLimits { fragment_bytes: config.max_request_bytes, ..WatchLimits::default() };
     let urls = |urls: &[Url]| urls.iter().map(Url::to_string).collect();
     let shared = Shared {
         identity: Identity {
@@ -188,7 +189,7 @@ fn shared(config: &Config, owner: &Owner, store: &Store, view: &View, driver: Ma
             request_timeout: Duration::from_millis(request_timeout_ms(config)),
         },
         driver,
-        hub: Hub::new(WatchHub::new(WatchLimits::default(), facts.revision, facts.compacted)),
+        hub: Hub::new(WatchHub::new(watch_limits, facts.revision, facts.compacted)),
         raft: RaftCell::default(),
         ids: RequestIds::new(owner.member_id),
         disk_size: AtomicI64::new(0),
