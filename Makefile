@@ -8,6 +8,8 @@ export KEELSON_CACHE CARGO_TARGET_DIR
 
 # One profile for everything: RocksDB takes minutes to compile, so it is compiled once.
 PROFILE := --release
+# And one selection of crates: another one may turn a feature of a dependency, and cargo would build much again.
+BINS := cargo build $(PROFILE) --workspace --bins
 BIN := $(CARGO_TARGET_DIR)/release
 
 # RocksDB is compiled once into the cache (.ci/rocksdb says why) and linked from there.
@@ -34,11 +36,11 @@ rocksdb:
 	@.ci/rocksdb >/dev/null
 
 build: rocksdb
-	cargo build $(PROFILE) -p kvstore -p proxy -p e2e --bins
+	$(BINS)
 
 demo: rocksdb
 	@.ci/need demo
-	cargo build $(PROFILE) -p kvstore -p proxy -p e2e --bins
+	$(BINS)
 	@demo/run $(BIN)
 
 test: rocksdb
@@ -46,7 +48,7 @@ test: rocksdb
 	@.ci/test
 
 run: rocksdb
-	cargo build $(PROFILE) -p kvstore --bins
+	$(BINS)
 	exec $(BIN)/keelson --name default --data-dir ./data $(ARGS)
 
 peers:
@@ -56,7 +58,7 @@ peers:
 bench: rocksdb
 	@.ci/need peers bench
 	@tests/peers/build etcd benchmark
-	cargo build $(PROFILE) -p kvstore -p benches --bins
+	$(BINS)
 	@$(BIN)/bench $(ARGS)
 
 lint: rocksdb
