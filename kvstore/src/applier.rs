@@ -63,6 +63,8 @@ pub(crate) struct ApplierConfig {
     pub(crate) slice_rows: usize,
     /// Entries in one batch.
     pub(crate) batch_entries: usize,
+    /// The same, in bytes of their data.
+    pub(crate) batch_bytes: usize,
 }
 
 pub(crate) struct Applier {
@@ -141,11 +143,24 @@ impl Applier {
     }
 
     fn apply_all(&mut self, entries: &mut Vec<Entry>) -> Result<(), Fatal> {
-        for entries in entries.chunks(self.config.batch_entries) {
-            self.apply(entries)?;
+        let mut rest = entries.as_slice();
+        while !rest.is_empty() {
+            let (batch, later) = rest.split_at(self.batch_len(rest));
+            self.apply(batch)?;
+            rest = later;
         }
         entries.clear();
         Ok(())
+    }
+
+    /// How many of the waiting entries go into one batch: bounded in number and in bytes, but always one.
+    fn batch_len(&self, entries: &[Entry]) -> usize {
+        let mut bytes = 0;
+        let fits = |entry: &&Entry| {
+            bytes += entry.data.len();
+            bytes <= self.config.batch_bytes
+        };
+        entries.iter().take(self.config.batch_entries).take_while(fits).count().max(1)
     }
 
     fn apply(&mut self, entries: &[Entry]) -> Result<(), Fatal> {

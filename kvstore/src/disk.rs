@@ -44,6 +44,18 @@ fn sync_dir(path: &Path) -> Result<(), Fatal> {
     File::open(path).and_then(|dir| dir.sync_all()).map_err(disk_error(path))
 }
 
+/// Makes a directory and those above it that are missing, so that a loss of power can't take them away again with
+/// everything that is synced inside.
+fn create_durably(path: &Path) -> Result<(), Fatal> {
+    let missing: Vec<&Path> = path.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists()).collect();
+    fs::create_dir_all(path).map_err(disk_error(path))?;
+    for made in missing {
+        let above = made.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        sync_dir(above)?;
+    }
+    Ok(())
+}
+
 /// Bytes of the files directly in a directory. A file that a compaction removes meanwhile counts as nothing.
 pub fn dir_size(path: &Path) -> Result<u64, Fatal> {
     let mut bytes = 0;
@@ -76,7 +88,7 @@ impl MemberDir {
         if let Some(owner) = &owner {
             allowed(owner).map_err(disk_error(&path))?;
         } else if !path.exists() {
-            fs::create_dir_all(&path).map_err(disk_error(&path))?;
+            create_durably(&path)?;
             // For the owner's eyes, as etcd has it.
             set_private(data_dir)?;
         }

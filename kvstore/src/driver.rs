@@ -128,6 +128,7 @@ pub(crate) struct Driver {
     received: HashMap<SnapshotTicket, NewState>,
     /// Proposals that wait because the leader can't be reached, and until when.
     held: VecDeque<(Ticks, Proposal)>,
+    held_bytes: usize,
     /// Our own proposals, which no caller waits for, and when they were made.
     own: HashMap<RequestId, (Own, Ticks)>,
 }
@@ -159,6 +160,7 @@ impl Driver {
             tickets: 0,
             received: HashMap::new(),
             held: VecDeque::new(),
+            held_bytes: 0,
             own: HashMap::new(),
         }
     }
@@ -229,9 +231,17 @@ impl Driver {
         let leader = self.leadership.leader.filter(|_| !self.leadership.is_leader);
         if leader.is_some_and(|leader| self.outlets.peers.active_since(leader).is_none()) {
             let until = self.ticks + self.timeout_ticks;
-            self.held.extend(proposals.into_iter().map(|proposal| (until, proposal)));
+            for proposal in proposals {
+                if self.held_bytes + proposal.data.len() > self.config.replica.hold_bytes {
+                    self.not_proposed(proposal.id, Error::TooManyRequests);
+                } else {
+                    self.held_bytes += proposal.data.len();
+                    self.held.push_back((until, proposal));
+                }
+            }
             return Ok(());
         }
+        self.held_bytes = 0;
         let mut all: Vec<Proposal> = self.held.drain(..).map(|(_, proposal)| proposal).collect();
         all.extend(proposals);
         self.replica.step(replica::Input::Propose(all))
@@ -256,6 +266,7 @@ impl Driver {
             self.leases.tick(self.clock.now());
             // What no leader ever took did not happen, and etcd has an error of its own for that.
             while let Some((_, proposal)) = self.held.pop_front_if(|(until, _)| *until <= self.ticks) {
+                self.held_bytes -= proposal.data.len();
                 self.not_proposed(proposal.id, Error::ContextDeadlineExceeded);
             }
             let link = self.link();

@@ -116,7 +116,7 @@ impl Rpc {
         let monitor = LeaderMonitor::start(inbox.clone(), election_timeout);
         let watch = WatchConfig {
             progress_notify_interval: limits.watch_progress_notify_interval,
-            max_request_bytes: limits.max_request_bytes,
+            max_request_bytes: limits.max_request_bytes + GRPC_OVERHEAD_BYTES,
         };
         let watch = WatchService::new(inbox.clone(), monitor.clone(), watch, shutdown.clone());
         let lease = LeaseConfig::new(limits.heartbeat_interval_ms, limits.election_timeout_ms);
@@ -125,9 +125,14 @@ impl Rpc {
         let max = context.max_message_bytes();
         let routes = Routes::new(KvServer::new(kv::KvService(Arc::clone(&context))).max_decoding_message_size(max))
             .add_service(watch)
-            .add_service(LeaseServer::new(lease))
-            .add_service(ClusterServer::new(cluster::ClusterService(Arc::clone(&context))))
-            .add_service(MaintenanceServer::new(maintenance::MaintenanceService(Arc::clone(&context))))
+            .add_service(LeaseServer::new(lease).max_decoding_message_size(max))
+            .add_service(
+                ClusterServer::new(cluster::ClusterService(Arc::clone(&context))).max_decoding_message_size(max),
+            )
+            .add_service(
+                MaintenanceServer::new(maintenance::MaintenanceService(Arc::clone(&context)))
+                    .max_decoding_message_size(max),
+            )
             .add_service(HealthServer::new(health::HealthService))
             .prepare();
         Rpc { context, routes: Rc::new(routes) }

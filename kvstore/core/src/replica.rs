@@ -261,7 +261,8 @@ impl Replica {
         };
         let foreign = message.to != self.config.id.0;
         let snapshot = wire::kind(&message) == wire::Kind::Snapshot;
-        if foreign || snapshot || (wire::is_timeout_now(&message) && self.must_not_campaign()) {
+        let malformed = !wire::is_well_formed(&message);
+        if foreign || malformed || snapshot || (wire::is_timeout_now(&message) && self.must_not_campaign()) {
             tracing::debug!(message.from, message.to, "dropped a message of kind {:?}", wire::kind(&message));
             return;
         }

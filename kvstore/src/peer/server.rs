@@ -2,6 +2,7 @@
 
 use std::net::TcpListener;
 use std::sync::Arc;
+use std::time::Duration;
 
 use keelson_proto::etcdserverpb::LeaseKeepAliveResponse;
 use keelson_proto::peer::peer_server::{Peer, PeerServer};
@@ -27,6 +28,12 @@ use crate::driver::Input;
 use crate::inbox::Inbox;
 use crate::mailbox::{Mailbox, Refused};
 
+/// Pings to a peer that is silent, and how long an answer may take.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Between two chunks of a snapshot.
+const CHUNK_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// Inputs that may wait for the raft thread before peers are told to wait.
 const DRIVER_QUEUE: usize = 65_536;
 
@@ -41,7 +48,10 @@ pub(crate) async fn serve(
     for listener in listeners {
         let listener = tokio::net::TcpListener::from_std(listener)
             .map_err(|error| Fatal::Invariant(format!("the peers' listener can't be used: {error}")))?;
+        // A sender that is gone without a word must not keep its streams, or its snapshot the place of the next one's.
         let server = Server::builder()
+            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .add_service(service.clone());
@@ -50,6 +60,13 @@ pub(crate) async fn serve(
     }
     stop.cancelled().await;
     Ok(())
+}
+
+/// The next chunk of a snapshot; a sender that pings and sends none has lost its turn.
+async fn next_chunk(stream: &mut Streaming<SnapshotChunk>) -> Result<Option<SnapshotChunk>, Status> {
+    tokio::time::timeout(CHUNK_TIMEOUT, stream.message())
+        .await
+        .map_err(|_| Status::deadline_exceeded("no chunk of the snapshot came for too long"))?
 }
 
 #[derive(Clone)]
@@ -137,7 +154,7 @@ impl Peer for PeerService {
         let (chunks, incoming) = mpsc::channel(4);
         // RocksDB's writes must not hold up the heartbeats of this runtime.
         let writer = tokio::task::spawn_blocking(move || write_snapshot(&nursery, incoming));
-        while let Some(chunk) = stream.message().await? {
+        while let Some(chunk) = next_chunk(&mut stream).await? {
             if chunks.send(chunk).await.is_err() {
                 break;
             }

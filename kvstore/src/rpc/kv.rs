@@ -23,9 +23,6 @@ use tonic::{Request, Response, Status};
 use super::status::{read_status, status};
 use super::{Context, complete, unexpected};
 
-/// A Range of at most this many keys is served where it arrives.
-const INLINE_LIMIT: i64 = 128;
-
 /// How often a physical compaction looks whether this member has deleted what it had to.
 const PHYSICAL_POLL: Duration = Duration::from_millis(10);
 
@@ -128,9 +125,9 @@ async fn propose(context: &Context, request: InternalRaftRequest) -> Result<Outc
     Box::pin(context.inbox.propose(request)).await.map_err(|e| status(&e))
 }
 
-/// One key, or a page: not worth a trip to another thread. A count of the whole range is a scan, whatever the limit.
+/// One key is not worth a trip to another thread. A range is, whatever its limit: its count is a scan of all of it.
 fn is_small(request: &RangeRequest) -> bool {
-    request.range_end.is_empty() || (request.limit > 0 && request.limit <= INLINE_LIMIT && request.range_end.len() > 1)
+    request.range_end.is_empty()
 }
 
 async fn on_the_pool<T: Send + 'static>(

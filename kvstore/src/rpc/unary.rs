@@ -13,7 +13,7 @@ use tonic::{Code, Status};
 
 use super::encoded::{self, PREFIX};
 use super::{Body, Context, kv, refused};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, RpcCounts};
 
 /// The methods served here, in the order of [`Metrics::HOT`](crate::metrics::Metrics::HOT).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,17 +32,29 @@ impl Method {
 }
 
 pub(super) async fn serve(context: &Context, method: Method, body: Incoming) -> Response<Body> {
-    let counts = &context.metrics.hot[method as usize];
-    counts.started.add(1);
+    let mut ended = Ended { counts: &context.metrics.hot[method as usize], code: Code::Cancelled };
+    ended.counts.started.add(1);
     match answer(context, method, body).await {
         Ok(frame) => {
-            counts.handled(Code::Ok as usize);
+            ended.code = Code::Ok;
             accepted(frame)
         }
         Err(status) => {
-            counts.handled(status.code() as usize);
+            ended.code = status.code();
             refused(&status)
         }
+    }
+}
+
+/// Counts how a request ended; one that is dropped on the way was cancelled by its client.
+struct Ended<'a> {
+    counts: &'a RpcCounts,
+    code: Code,
+}
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.counts.handled(self.code as usize);
     }
 }
 

@@ -36,6 +36,8 @@ const FLUSH_INTERVAL: Duration = Duration::from_secs(2);
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 const SLICE_ROWS: usize = 400;
 const BATCH_ENTRIES: usize = 4_096;
+/// The same, in bytes.
+const BATCH_BYTES: usize = 8 << 20;
 
 /// A member's machines, running.
 pub(super) struct Member {
@@ -235,5 +237,6 @@ fn applier_config(config: &Config, owner: &Owner) -> ApplierConfig {
         poll_interval: POLL_INTERVAL,
         slice_rows: SLICE_ROWS,
         batch_entries: BATCH_ENTRIES,
+        batch_bytes: BATCH_BYTES,
     }
 }

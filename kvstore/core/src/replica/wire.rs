@@ -103,6 +103,19 @@ pub fn hard_state(stored: &[u8]) -> Result<(Term, MemberId, Index), Fatal> {
     Ok((raw.term, MemberId(raw.vote), raw.commit))
 }
 
+/// Whether a peer's message has the form that raft-rs takes for granted: it indexes a read's only entry, and proposes
+/// whatever entries it is handed. Members hand on requests only; changes of membership are proposed where they are asked.
+pub(super) fn is_well_formed(message: &RawMessage) -> bool {
+    match message.msg_type() {
+        MessageType::MsgReadIndex | MessageType::MsgReadIndexResp => message.entries.len() == 1,
+        MessageType::MsgPropose => {
+            !message.entries.is_empty()
+                && message.entries.iter().all(|entry| entry.entry_type() == RawEntryType::EntryNormal)
+        }
+        _ => true,
+    }
+}
+
 pub(super) fn kind(message: &RawMessage) -> Kind {
     match message.msg_type() {
         MessageType::MsgAppend | MessageType::MsgAppendResponse => Kind::Append,
@@ -216,4 +229,30 @@ pub(super) fn decode_conf_state(bytes: &[u8]) -> Result<RawConfState, Fatal> {
 
 fn damaged(what: &str, error: prost_011::DecodeError) -> Fatal {
     Fatal::Damaged { table: "raft", message: format!("{what}: {error}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// raft-rs 0.7 indexes the only entry of a read without looking, and a change of membership that nobody checked would
+    /// be committed.
+    #[test]
+    fn what_raft_takes_for_granted_is_checked_first() {
+        let message = |kind: MessageType, entries: Vec<RawEntry>| {
+            let mut message = RawMessage { entries: entries.into(), ..RawMessage::default() };
+            message.set_msg_type(kind);
+            is_well_formed(&message)
+        };
+        let normal = RawEntry::default();
+        let mut change = RawEntry::default();
+        change.set_entry_type(RawEntryType::EntryConfChange);
+        assert!(message(MessageType::MsgReadIndex, vec![normal.clone()]));
+        assert!(!message(MessageType::MsgReadIndex, vec![]));
+        assert!(!message(MessageType::MsgReadIndex, vec![normal.clone(), normal.clone()]));
+        assert!(message(MessageType::MsgPropose, vec![normal.clone(), normal.clone()]));
+        assert!(!message(MessageType::MsgPropose, vec![]));
+        assert!(!message(MessageType::MsgPropose, vec![normal, change]));
+        assert!(message(MessageType::MsgHeartbeat, vec![]));
+    }
 }
