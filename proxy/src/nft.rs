@@ -110,6 +110,8 @@ pub struct Nft<K> {
     tables: [Table; 2],
     /// The picture is what the kernel holds, and the ports are what was last asked for.
     trusted: bool,
+    /// Stale flows of a change that the kernel refused; whoever repeats the change deletes them too.
+    owed: Stale,
 }
 
 /// One family's table.
@@ -163,6 +165,7 @@ impl<K: Kernel> Nft<K> {
             node_ports: HashMap::new(),
             tables: Family::BOTH.map(Table::new),
             trusted: false,
+            owed: Stale::default(),
         }
     }
 
@@ -290,7 +293,7 @@ impl<K: Kernel> Nft<K> {
         changes: Option<&Changes>,
         now: Instant,
     ) -> Result<Applied, NftError> {
-        let mut applied = Applied::default();
+        let mut applied = Applied { stale: std::mem::take(&mut self.owed), ..Applied::default() };
         applied.stale.node_addresses(match &desired.node.node_port_addresses {
             NodePortAddresses::AllLocal => None,
             NodePortAddresses::Only(addresses) => Some(addresses.clone()),
@@ -323,7 +326,14 @@ impl<K: Kernel> Nft<K> {
             applied.elements_deleted += delta.deleted();
             deltas.push(delta);
         }
-        applied.count(self.kernel.transact(&ops)?);
+        match self.kernel.transact(&ops) {
+            Ok(batch) => applied.count(batch),
+            // The retry no longer knows which frontends have gone: their flows are still to be deleted then.
+            Err(error) => {
+                self.owed = applied.stale;
+                return Err(error.into());
+            }
+        }
         for (table, delta) in self.tables.iter_mut().zip(deltas) {
             delta.commit(&mut table.picture, &mut table.retired, now);
         }

@@ -135,7 +135,9 @@ impl Session {
         let services = etcd.list(&keys.all(Kind::Service), 0, Bring::Values).await?;
         let addresses = etcd.list(&keys.all(Kind::IpAddress), services.revision, Bring::Keys).await?;
         let range_key = keys.node_port_range();
-        let range = etcd.range(RangeRequest { key: range_key.into(), ..Default::default() }).await?;
+        // Of the same moment as the Services: a port that was freed in between would look like one that nobody wrote down.
+        let range = RangeRequest { key: range_key.into(), revision: services.revision, ..Default::default() };
+        let range = etcd.range(range).await?;
         let prefix = keys.all(Kind::IpAddress).len();
         for kv in &addresses.kvs {
             let name = kv.key.get(prefix..).and_then(|name| std::str::from_utf8(name).ok());
