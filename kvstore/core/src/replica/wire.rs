@@ -240,7 +240,7 @@ mod tests {
     #[test]
     fn what_raft_takes_for_granted_is_checked_first() {
         let message = |kind: MessageType, entries: Vec<RawEntry>| {
-            let mut message = RawMessage { entries: entries.into(), ..RawMessage::default() };
+            let mut message = RawMessage { entries, ..RawMessage::default() };
             message.set_msg_type(kind);
             is_well_formed(&message)
         };
