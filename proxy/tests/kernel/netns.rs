@@ -16,6 +16,9 @@ const SILENCE: Duration = Duration::from_millis(400);
 /// Runs `body` in a thread that lives in a fresh network namespace, which goes when the thread does. Commands that it
 /// starts are in the namespace too.
 pub(crate) fn isolated<T: Send>(body: impl FnOnce() -> T + Send) -> T {
+    // One at a time: a thread between fork and exec holds copies of the others' sockets, and with them their tables.
+    static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             // SAFETY: unshare takes no pointers; it changes the namespace of this thread only.
