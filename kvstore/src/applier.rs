@@ -25,7 +25,7 @@ use crate::clock;
 use crate::counts::Counts;
 use crate::disk::{NewState, Rocks, View, dir_size};
 use crate::driver::Input;
-use crate::inbox::{Published, Shared};
+use crate::inbox::Shared;
 use crate::mailbox::Receiver;
 
 /// What the apply thread is asked.
@@ -193,11 +193,11 @@ impl Applier {
         Ok(())
     }
 
-    /// Writes, and publishes the view and the facts of after.
+    /// Writes, and publishes the view, the facts and the counts of after.
     fn write(&mut self, batch: WriteBatch) -> Result<(), Fatal> {
         self.backend.write(batch)?;
         self.view = self.backend.view();
-        self.shared.published.set(Published { view: self.view.clone(), facts: self.store.facts() });
+        self.shared.published.set(self.store.publish(self.view.clone()));
         Ok(())
     }
 
@@ -257,7 +257,7 @@ impl Applier {
         self.durable = facts.applied_index;
         self.flush = Flush::new(facts.applied_index);
         let (revision, compacted) = (facts.revision, facts.compacted);
-        self.shared.published.set(Published { view: self.view.clone(), facts });
+        self.shared.published.set(self.store.publish(self.view.clone()));
         let wakes = self.shared.hub.with(|hub| hub.installed(revision, compacted));
         self.shared.raft.set_applied(self.applied);
         let _ = self.shared.driver.push(Input::Installed { ticket, index: self.applied });

@@ -132,7 +132,7 @@ async fn read_one(inbox: &Inbox, serializable: bool) -> Result<(), ReadError> {
     }
     let published = inbox.published();
     let request = RangeRequest { key: "a".into(), limit: 1, keys_only: true, ..Default::default() };
-    mvcc::range(&published.view, published.facts.bounds(), &request).map(drop)
+    mvcc::range(published.moment(), &request).map(drop)
 }
 
 /// The checks of a Kubernetes-style probe.

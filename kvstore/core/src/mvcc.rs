@@ -11,7 +11,7 @@
 //! | `span` | what a request's key and range end mean |
 //! | `versions` | which version of a key was the newest at a revision |
 //! | [`range`] | Range: every option, the present and the past |
-//! | `count` | how many keys, without their bytes |
+//! | [`count`] | how many keys, without their bytes: the counted index |
 //! | `write` | Put and DeleteRange on a batch; the events they make |
 //! | `recent` | a cache of newest records in front of them |
 //! | [`txn`] | compares, pre-checks and execution of Txn |
@@ -23,7 +23,7 @@
 
 pub mod check;
 pub(crate) mod compact;
-mod count;
+pub(crate) mod count;
 pub mod history;
 pub mod range;
 pub(crate) mod recent;
@@ -37,6 +37,7 @@ use bytes::Bytes;
 
 use crate::{Error, Fatal};
 
+pub use count::index::KeyCounts;
 pub use range::range;
 
 /// What is readable at a moment.
@@ -47,6 +48,21 @@ pub struct Bounds {
     /// Below this revision nothing can be read; the revision itself can. -1: never compacted.
     pub compacted: i64,
 }
+
+/// What a read needs of a moment: rows, what is readable of them, and how many there are. All three belong together.
+pub struct Moment<'a, R> {
+    pub read: &'a R,
+    pub bounds: Bounds,
+    pub keys: &'a KeyCounts,
+}
+
+impl<R> Clone for Moment<'_, R> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<R> Copy for Moment<'_, R> {}
 
 /// What a Range found.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]

@@ -26,11 +26,12 @@ use keelson_proto::etcdserverpb::{
 };
 use keelson_proto::membershippb::Member;
 
-use crate::backend::{ReadView, WriteBatch};
+use crate::backend::{Overlay, ReadView, WriteBatch};
 use crate::lease::{LeaseChange, Leases};
+use crate::mvcc::count::index::Tally;
 use crate::mvcc::recent::Recent;
 use crate::mvcc::write::Numbers;
-use crate::mvcc::{Bounds, RevisionEvents, compact};
+use crate::mvcc::{Bounds, KeyCounts, Moment, RevisionEvents, compact};
 use crate::types::{ClusterId, Entry, Index, MemberId, RequestId, Term};
 use crate::{Error, Fatal, keys};
 
@@ -86,11 +87,20 @@ impl Facts {
     }
 }
 
-/// One moment: rows and facts that belong together.
+/// One moment: rows, facts and counts that belong together.
 #[derive(Clone, Debug)]
 pub struct Published<V> {
     pub view: V,
     pub facts: Facts,
+    /// How many keys the view has, where.
+    pub keys: KeyCounts,
+}
+
+impl<V> Published<V> {
+    /// For reading.
+    pub fn moment(&self) -> Moment<'_, V> {
+        Moment { read: &self.view, bounds: self.facts.bounds(), keys: &self.keys }
+    }
 }
 
 /// The consequences of some entries, for whoever publishes them. The batch must be written first.
@@ -154,6 +164,7 @@ pub struct Store {
     applied: keys::Applied,
     numbers: Numbers,
     recent: Recent,
+    tally: Tally,
     leases: Leases,
     members: Members,
     alarms: Alarms,
@@ -169,6 +180,7 @@ impl Store {
             applied: view::applied(view)?,
             numbers,
             recent: Recent::new(config.record_cache_bytes),
+            tally: Tally::open(view)?,
             leases: Leases::open(view)?,
             members: Members::open(view)?,
             alarms: Alarms::open(view)?,
@@ -204,6 +216,7 @@ impl Store {
         if self.applied != before.0 {
             view::write_applied(self.applied, batch);
         }
+        self.tally.settle(&Overlay { view, batch })?;
         (applied.index, applied.term) = (self.applied.index, self.applied.term);
         Ok(applied)
     }
@@ -220,7 +233,8 @@ impl Store {
             return Ok(None);
         };
         let compacted = self.numbers.compacted;
-        let slice = compact::slice(view, compacted, cursor, max_rows, batch, &mut self.recent)?;
+        let slice = compact::slice(view, compacted, cursor, max_rows, batch, &mut self.recent, &mut self.tally)?;
+        self.tally.settle(&Overlay { view, batch })?;
         self.numbers.cursor = slice.cursor;
         view::write_numbers(&self.numbers, batch);
         Ok(Some(SliceDone { compacted, rows: slice.rows, finished: slice.cursor.is_none() }))
@@ -228,6 +242,11 @@ impl Store {
 
     fn size_in_use(&self) -> i64 {
         self.numbers.in_use() as i64 + self.leases.len() as i64 * quota::LEASE_COST
+    }
+
+    /// Everything readers need of this moment; `view` shows all that was applied, and nothing else. Cheap.
+    pub fn publish<V>(&self, view: V) -> Published<V> {
+        Published { view, facts: self.facts(), keys: self.tally.counts().clone() }
     }
 
     /// What readers may know now. Cheap.

@@ -41,9 +41,9 @@ pub(crate) async fn range(context: &Context, request: RangeRequest) -> Result<Fo
     let bounds = published.facts.bounds();
     let header = super::header(&context.inbox, bounds.revision);
     let ranged = if is_small(&request) {
-        mvcc::range(&published.view, bounds, &request)
+        mvcc::range(published.moment(), &request)
     } else {
-        on_the_pool(move || mvcc::range(&published.view, bounds, &request)).await
+        on_the_pool(move || mvcc::range(published.moment(), &request)).await
     };
     Ok(Found { header, ranged: ranged.map_err(|e| read_status(&e))? })
 }
@@ -112,10 +112,9 @@ async fn read_only_txn(context: &Context, request: TxnRequest) -> Result<TxnResp
         context.inbox.read_index().await.map_err(|e| status(&e))?;
     }
     let published = context.inbox.published();
-    let bounds = published.facts.bounds();
     let ops = || request.success.iter().chain(&request.failure).filter_map(|op| op.request.as_ref());
     let small = ops().all(|op| matches!(op, Op::RequestRange(range) if is_small(range)));
-    let read = move || mvcc::txn::read(&published.view, bounds, &request);
+    let read = move || mvcc::txn::read(published.moment(), &request);
     let mut response = if small { read() } else { on_the_pool(read).await }.map_err(|e| read_status(&e))?;
     complete(&context.inbox, &mut response.header);
     Ok(response)

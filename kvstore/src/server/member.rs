@@ -21,7 +21,7 @@ use crate::clock::Clock;
 use crate::config::{Config, Url};
 use crate::disk::{Disk, Log, Owner, Rocks, View};
 use crate::driver::{Driver, DriverConfig, Input, Outlets};
-use crate::inbox::{Edge, Hub, Identity, Inbox, InboxLimits, Published, PublishedCell, RaftCell, RequestIds, Shared};
+use crate::inbox::{Edge, Hub, Identity, Inbox, InboxLimits, PublishedCell, RaftCell, RequestIds, Shared};
 use crate::logger;
 use crate::mailbox::{Mailbox, mailbox};
 use crate::peer::{self, Ids, PeerService, Peers};
@@ -197,7 +197,7 @@ fn shared(config: &Config, owner: &Owner, store: &Store, view: &View, driver: Ma
         disk_size: AtomicI64::new(0),
         counts: Arc::default(),
         peers: OnceLock::new(),
-        published: PublishedCell::new(Published { view: view.clone(), facts }),
+        published: PublishedCell::new(store.publish(view.clone())),
     };
     shared.raft.set_applied(store.facts().applied_index);
     Arc::new(shared)

@@ -88,7 +88,7 @@ async fn get(inbox: &Inbox, key: &str) -> Option<Vec<u8>> {
     while inbox.read_index().await.is_err() {}
     let published = inbox.published();
     let request = RangeRequest { key: Bytes::copy_from_slice(key.as_bytes()), ..RangeRequest::default() };
-    let ranged = mvcc::range(&published.view, published.facts.bounds(), &request).unwrap();
+    let ranged = mvcc::range(published.moment(), &request).unwrap();
     (ranged.len > 0).then(|| ranged.kvs.to_vec())
 }
 

@@ -503,8 +503,8 @@ impl Cluster {
     fn serve(&mut self, id: MemberId, call: CallId) -> Result<(), String> {
         let running = self.member(id).running.as_mut().expect("it serves");
         let Some(request) = running.reads.remove(&call) else { return Ok(()) };
-        let (view, bounds) = (&running.published.view, running.published.facts.bounds());
-        let found = mvcc::range(view, bounds, &request).map_err(|error| format!("{id}: {error}"))?;
+        let bounds = running.published.facts.bounds();
+        let found = mvcc::range(running.published.moment(), &request).map_err(|error| format!("{id}: {error}"))?;
         let response = found.into_response(bounds.revision).map_err(fatal)?;
         let client = self.workload.read(call, bounds.revision, &response);
         self.go_on(client, call);

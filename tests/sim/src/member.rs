@@ -101,8 +101,8 @@ impl Member {
         let hub = WatchHub::new(watcher::limits(), facts.revision, facts.compacted);
         self.running = Some(Running {
             replica,
+            published: store.publish(view),
             store,
-            published: Published { view, facts },
             pending: Pending::new(ELECTION_TICKS),
             reads: BTreeMap::new(),
             ticks: 0,
@@ -126,7 +126,7 @@ impl Member {
         let mut batch = WriteBatch::new();
         let applied = running.store.apply(&self.disk.state.view(), entries, &mut batch)?;
         self.disk.state.write(batch)?;
-        running.published = Published { view: self.disk.state.view(), facts: running.store.facts() };
+        running.published = running.store.publish(self.disk.state.view());
         running.hub.publish(running.published.facts.revision, applied.events.clone());
         if let Some(compacted) = applied.compacted {
             running.hub.compacted(compacted);
@@ -157,7 +157,7 @@ impl Member {
         let mut batch = WriteBatch::new();
         if running.store.compact_slice(&self.disk.state.view(), 3, &mut batch)?.is_some() {
             self.disk.state.write(batch)?;
-            running.published = Published { view: self.disk.state.view(), facts: running.store.facts() };
+            running.published = running.store.publish(self.disk.state.view());
         }
         Ok(())
     }
@@ -170,7 +170,7 @@ impl Member {
         self.disk.installed = Some(install.at);
         let view = self.disk.state.view();
         running.store = Store::open(&view, store_config(self.id))?;
-        running.published = Published { view, facts: running.store.facts() };
+        running.published = running.store.publish(view);
         running.hub.installed(running.published.facts.revision, running.published.facts.compacted);
         running.since_flush = 0;
         Ok(())

@@ -12,6 +12,7 @@ use std::ops::{Bound, ControlFlow};
 
 use bytes::Bytes;
 
+use super::count::index::Tally;
 use super::recent::Recent;
 use super::record::{Header, Kv, MARK_EVERY};
 use super::write::Numbers;
@@ -69,6 +70,7 @@ pub(crate) fn slice<V: ReadView>(
     max_rows: usize,
     batch: &mut WriteBatch,
     recent: &mut Recent,
+    tally: &mut Tally,
 ) -> Result<Slice, Fatal> {
     let mut slice = Slice { rows: 0, cursor: None };
     let mut failed = None;
@@ -83,7 +85,7 @@ pub(crate) fn slice<V: ReadView>(
                 return Ok(ControlFlow::Break(()));
             }
             slice.rows += 1;
-            delete_dead(view, compacted, revision, record, batch, recent)?;
+            delete_dead(view, compacted, revision, record, batch, recent, tally)?;
             Ok(ControlFlow::Continue(()))
         };
         step().unwrap_or_else(|error| {
@@ -102,6 +104,7 @@ fn delete_dead<V: ReadView>(
     record: &[u8],
     batch: &mut WriteBatch,
     recent: &mut Recent,
+    tally: &mut Tally,
 ) -> Result<(), Fatal> {
     let (header, kv) = Header::decode(record)?;
     let key = Kv::decode(kv)?.key;
@@ -117,6 +120,7 @@ fn delete_dead<V: ReadView>(
         if Revision::new(Kv::decode(kv)?.mod_revision, header.sub) == revision {
             batch.delete(Table::Key, Bytes::copy_from_slice(key));
             recent.remove(key);
+            tally.forgotten(key)?;
         }
     }
     Ok(())

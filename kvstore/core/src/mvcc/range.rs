@@ -1,7 +1,7 @@
 //! Range: every option of the contract (2.6.2), over the present and the past.
 //!
-//! The plain question, keys in order and perhaps a limit, is one scan that copies stored bytes into the framed answer; a
-//! single key is one `get` and one copy. Filters and other orders gather first, as etcd does. etcd's own quirks are kept:
+//! The plain question, keys in order and perhaps a limit, is one scan that copies stored bytes into the framed answer, up
+//! to the limit; what comes after it is counted by the index. A single key is one `get` and one copy. Filters and other orders gather first, as etcd does. etcd's own quirks are kept:
 //! `count` ignores limit and filters; an order of NONE with a target other than KEY sorts only what the limit let
 //! through; `keys_only` answers lease 0, except when the target is VALUE (3.7's fast path).
 //!
@@ -15,35 +15,31 @@ use keelson_proto::etcdserverpb::{RangeRequest, RangeResponse, ResponseHeader};
 use prost::Message;
 use prost::encoding::{encode_varint, encoded_len_varint};
 
+use super::count::count;
 use super::record::{self, Kv};
 use super::span::Span;
 use super::versions::{self, Version, Want};
-use super::{Bounds, Ranged, ReadError};
+use super::{Bounds, Moment, Ranged, ReadError};
 use crate::backend::{Read, Table};
 use crate::{Error, Fatal};
 
 /// `repeated KeyValue kvs = 2`.
 const KVS_TAG: u8 = 0x12;
 
-/// One Range on what `read` holds; `bounds` are of the same moment. The request's own form is checked by
-/// [`super::check::validate_range`].
-pub fn range<R: Read>(read: &R, bounds: Bounds, request: &RangeRequest) -> Result<Ranged, ReadError> {
-    let at = readable(bounds, request.revision)?;
+/// One Range on a moment. The request's own form is checked by [`super::check::validate_range`].
+pub fn range<R: Read>(moment: Moment<'_, R>, request: &RangeRequest) -> Result<Ranged, ReadError> {
+    let at = readable(moment.bounds, request.revision)?;
     let span = Span::new(&request.key, &request.range_end);
     let plan = Plan::new(request);
     if let Span::Point(key) = span
         && !plan.gathers
     {
-        return Ok(point(read, bounds, at, key, request)?);
+        return Ok(point(moment, at, key, request)?);
     }
     if request.count_only {
-        return Ok(Ranged { count: super::count::count(read, bounds, at, span)?, ..Ranged::default() });
+        return Ok(Ranged { count: count(moment, at, span)?, ..Ranged::default() });
     }
-    if plan.gathers {
-        Ok(gather(read, bounds, at, span, request, &plan)?)
-    } else {
-        Ok(stream(read, bounds, at, span, request)?)
-    }
+    if plan.gathers { Ok(gather(moment, at, span, request, &plan)?) } else { Ok(stream(moment, at, span, request)?) }
 }
 
 /// The revision to read at: the one asked for, or the current one.
@@ -91,7 +87,8 @@ fn limit_of(request: &RangeRequest) -> usize {
 }
 
 /// A single key: one `get`, and one copy if it is newest.
-fn point<R: Read>(read: &R, bounds: Bounds, at: i64, key: &[u8], request: &RangeRequest) -> Result<Ranged, Fatal> {
+fn point<R: Read>(moment: Moment<'_, R>, at: i64, key: &[u8], request: &RangeRequest) -> Result<Ranged, Fatal> {
+    let Moment { read, bounds, .. } = moment;
     let Some(newest) = read.get(Table::Key, key)? else {
         return Ok(Ranged::default());
     };
@@ -116,33 +113,59 @@ fn point<R: Read>(read: &R, bounds: Bounds, at: i64, key: &[u8], request: &Range
     Ok(Ranged { kvs: out.freeze(), len: 1, more: false, count: 1 })
 }
 
-/// Keys in order: stored bytes go straight into the answer until the limit, the rest is only counted.
-fn stream<R: Read>(read: &R, bounds: Bounds, at: i64, span: Span<'_>, request: &RangeRequest) -> Result<Ranged, Fatal> {
+/// Keys in order: stored bytes go straight into the answer until the limit; the rest is counted.
+fn stream<R: Read>(moment: Moment<'_, R>, at: i64, span: Span<'_>, request: &RangeRequest) -> Result<Ranged, Fatal> {
     let limit = limit_of(request);
     let mut out = BytesMut::new();
-    let mut count = 0;
     let mut failed = None;
-    versions::each(read, bounds, at, span, Want::Bytes, &mut |kv| {
-        if count < limit
-            && let Err(error) = frame(kv, request, &mut out)
-        {
+    let (len, rest) = shown_and_rest(moment, at, span, limit, &mut |kv| {
+        if let Err(error) = frame(kv, request, &mut out) {
             failed = Some(error);
-            return Want::Nothing;
         }
-        count += 1;
-        if count < limit { Want::Bytes } else { Want::Existence }
+        failed.is_none()
     })?;
     if let Some(error) = failed {
         return Err(error);
     }
-    let len = count.min(limit);
-    Ok(Ranged { kvs: out.freeze(), len, more: count > limit, count: count as i64 })
+    Ok(Ranged { kvs: out.freeze(), len, more: rest > 0, count: len as i64 + rest })
+}
+
+/// Shows the first `limit` keys of a span to `visit`, until it has had enough, and counts those after them.
+fn shown_and_rest<R: Read>(
+    moment: Moment<'_, R>,
+    at: i64,
+    span: Span<'_>,
+    limit: usize,
+    visit: &mut dyn FnMut(&[u8]) -> bool,
+) -> Result<(usize, i64), Fatal> {
+    let mut len = 0;
+    let mut after = Vec::new();
+    let mut failed = None;
+    versions::each(moment.read, moment.bounds, at, span, Want::Bytes, &mut |kv| {
+        len += 1;
+        if !visit(kv) {
+            return Want::Nothing;
+        }
+        if len < limit {
+            return Want::Bytes;
+        }
+        match Kv::decode(kv) {
+            // The least key after this one.
+            Ok(kv) => after = [kv.key, &[0]].concat(),
+            Err(error) => failed = Some(error),
+        }
+        Want::Nothing
+    })?;
+    match failed {
+        Some(error) => Err(error),
+        None if after.is_empty() => Ok((len, 0)),
+        None => Ok((len, count(moment, at, span.starting(&after))?)),
+    }
 }
 
 /// Filters and orders that are not the stored one: gather, filter, sort, cut.
 fn gather<R: Read>(
-    read: &R,
-    bounds: Bounds,
+    moment: Moment<'_, R>,
     at: i64,
     span: Span<'_>,
     request: &RangeRequest,
@@ -152,13 +175,9 @@ fn gather<R: Read>(
     // etcd fetches one more than the limit, to know whether there are more, and sorts that one too.
     let fetch = if plan.scan_limited { limit.saturating_add(1) } else { usize::MAX };
     let mut stored: Vec<Bytes> = Vec::new();
-    let mut count = 0;
-    versions::each(read, bounds, at, span, Want::Bytes, &mut |kv| {
-        if count < fetch {
-            stored.push(Bytes::copy_from_slice(kv));
-        }
-        count += 1;
-        if count < fetch { Want::Bytes } else { Want::Existence }
+    let (len, rest) = shown_and_rest(moment, at, span, fetch, &mut |kv| {
+        stored.push(Bytes::copy_from_slice(kv));
+        true
     })?;
     let mut kvs = stored.iter().map(|kv| Kv::decode(kv)).collect::<Result<Vec<_>, _>>()?;
     kvs.retain(|kv| passes(kv, request));
@@ -169,7 +188,7 @@ fn gather<R: Read>(
     for kv in &kvs {
         put_framed(&shown(*kv, request), &mut out);
     }
-    Ok(Ranged { kvs: out.freeze(), len: kvs.len(), more, count: count as i64 })
+    Ok(Ranged { kvs: out.freeze(), len: kvs.len(), more, count: len as i64 + rest })
 }
 
 fn passes(kv: &Kv<'_>, request: &RangeRequest) -> bool {

@@ -30,4 +30,21 @@ impl<'a> Span<'a> {
             Span::From(key) => (Bound::Included(key), Bound::Unbounded),
         }
     }
+
+    pub(crate) fn contains(self, key: &[u8]) -> bool {
+        match self {
+            Span::Point(point) => key == point,
+            Span::Keys(first, end) => first <= key && key < end,
+            Span::From(first) => first <= key,
+        }
+    }
+
+    /// The keys of the span from `start` on, which is in it or after it.
+    pub(crate) fn starting(self, start: &'a [u8]) -> Span<'a> {
+        match self {
+            Span::Point(_) => Span::Keys(start, start),
+            Span::Keys(_, end) => Span::Keys(start, end),
+            Span::From(_) => Span::From(start),
+        }
+    }
 }

@@ -24,12 +24,13 @@ use super::record::{self, Kv};
 use super::span::Span;
 use super::versions::{self, Want};
 use super::write::{Change, NewValue};
-use super::{Bounds, ReadError, range};
+use super::{Bounds, Moment, ReadError, range};
 use crate::backend::{Read, ReadView};
 use crate::{Error, Fatal};
 
 /// Serves a Txn that only reads ([`super::check::is_read_only`]) on a view.
-pub fn read<R: Read>(read: &R, bounds: Bounds, request: &TxnRequest) -> Result<TxnResponse, ReadError> {
+pub fn read<R: Read>(moment: Moment<'_, R>, request: &TxnRequest) -> Result<TxnResponse, ReadError> {
+    let Moment { read, bounds, .. } = moment;
     let mut succeeded = true;
     for compare in &request.compare {
         succeeded = succeeded && holds(read, bounds, compare)?;
@@ -39,7 +40,7 @@ pub fn read<R: Read>(read: &R, bounds: Bounds, request: &TxnRequest) -> Result<T
     for op in ops {
         if let Some(Request::RequestRange(range)) = &op.request {
             check_revision(bounds, range)?;
-            responses.push(respond(Response::ResponseRange(ranged(read, bounds, range)?)));
+            responses.push(respond(Response::ResponseRange(ranged(moment, range)?)));
         }
     }
     Ok(TxnResponse { header: header(bounds.revision), succeeded, responses })
@@ -209,11 +210,7 @@ struct Checked<'a> {
 
 impl Checked<'_> {
     fn deleted(&self, key: &[u8]) -> bool {
-        let last = self.touched.iter().rev().find(|(first, end, _)| match Span::new(first, end) {
-            Span::Point(point) => point == key,
-            Span::Keys(first, end) => first <= key && key < end,
-            Span::From(first) => first <= key,
-        });
+        let last = self.touched.iter().rev().find(|(first, end, _)| Span::new(first, end).contains(key));
         last.is_some_and(|(_, _, exists)| !exists)
     }
 }
@@ -255,8 +252,8 @@ fn check_revision(bounds: Bounds, request: &RangeRequest) -> Result<(), Error> {
     }
 }
 
-fn ranged<R: Read>(read: &R, bounds: Bounds, request: &RangeRequest) -> Result<RangeResponse, ReadError> {
-    Ok(range(read, bounds, request)?.into_response(bounds.revision)?)
+fn ranged<R: Read>(moment: Moment<'_, R>, request: &RangeRequest) -> Result<RangeResponse, ReadError> {
+    Ok(range(moment, request)?.into_response(moment.bounds.revision)?)
 }
 
 /// Executes the path. Nothing on it can be refused any more.
@@ -272,7 +269,8 @@ fn execute<'p, V: ReadView>(
         responses.push(ResponseOp {
             response: match &op.request {
                 Some(Request::RequestRange(range)) => {
-                    Some(Response::ResponseRange(ranged(&change.read(), change.bounds(), range)?))
+                    let read = change.read();
+                    Some(Response::ResponseRange(ranged(change.moment(&read), range)?))
                 }
                 Some(Request::RequestPut(request)) => Some(Response::ResponsePut(put(change, request)?)),
                 Some(Request::RequestDeleteRange(request)) => {

@@ -11,10 +11,11 @@ use std::ops::ControlFlow;
 
 use bytes::{BufMut, Bytes, BytesMut};
 
+use super::count::index::Tally;
 use super::recent::Recent;
 use super::record::{self, Header, Kv, MARK_EVERY};
 use super::span::Span;
-use super::{Bounds, Event, EventKind, RevisionEvents};
+use super::{Bounds, Event, EventKind, Moment, RevisionEvents};
 use crate::backend::{Direction, Overlay, Read, ReadView, Table, WriteBatch};
 use crate::types::{LeaseId, Revision};
 use crate::{Fatal, keys};
@@ -67,6 +68,7 @@ pub(crate) struct Change<'a, V> {
     pub(crate) batch: &'a mut WriteBatch,
     numbers: &'a mut Numbers,
     recent: &'a mut Recent,
+    tally: &'a mut Tally,
     events: Vec<Event>,
 }
 
@@ -76,8 +78,9 @@ impl<'a, V: ReadView> Change<'a, V> {
         batch: &'a mut WriteBatch,
         numbers: &'a mut Numbers,
         recent: &'a mut Recent,
+        tally: &'a mut Tally,
     ) -> Self {
-        Change { view, batch, numbers, recent, events: Vec::new() }
+        Change { view, batch, numbers, recent, tally, events: Vec::new() }
     }
 
     /// Everything written so far, this request's own writes included.
@@ -88,6 +91,11 @@ impl<'a, V: ReadView> Change<'a, V> {
     /// What can be read now: after the first change, the new revision.
     pub(crate) fn bounds(&self) -> Bounds {
         Bounds { revision: self.revision(), ..self.numbers.bounds() }
+    }
+
+    /// The moment after everything written so far; `read` is [`Change::read`].
+    pub(crate) fn moment<'b>(&'b self, read: &'b Overlay<'b, V>) -> Moment<'b, Overlay<'b, V>> {
+        Moment { read, bounds: self.bounds(), keys: self.tally.counts() }
     }
 
     /// The current revision as this request sees it.
@@ -131,6 +139,9 @@ impl<'a, V: ReadView> Change<'a, V> {
         };
         self.attach(new.key, before.map_or(0, |kv| kv.lease), kv.lease);
         let prev = newest.as_ref().filter(|_| before.is_some()).map(record::kv_of).transpose()?;
+        if before.is_none() {
+            self.tally.created(new.key, newest.is_none())?;
+        }
         self.write(&kv, false, &replaced, before.is_none(), prev.clone())?;
         Ok(prev)
     }
@@ -162,6 +173,7 @@ impl<'a, V: ReadView> Change<'a, V> {
         let prev = record::kv_of(newest)?;
         let tombstone = Kv { key: before.key, mod_revision: self.numbers.revision + 1, ..Kv::default() };
         self.attach(before.key, before.lease, 0);
+        self.tally.deleted(before.key)?;
         self.write(&tombstone, true, &replaced, false, Some(prev.clone()))?;
         Ok(prev)
     }

@@ -18,7 +18,7 @@ use super::{Applied, ConfChanged, Outcome, Store, quota};
 use crate::backend::{Overlay, ReadView, WriteBatch};
 use crate::mvcc::span::Span;
 use crate::mvcc::write::Change;
-use crate::mvcc::{ReadError, compact, range, txn};
+use crate::mvcc::{Moment, ReadError, compact, range, txn};
 use crate::types::{Entry, EntryKind, LeaseId, RequestId};
 use crate::{Error, Fatal, lease};
 
@@ -72,7 +72,8 @@ impl<V: ReadView> Step<'_, V> {
             self.not_corrupt()?;
             let read = Overlay { view: self.view, batch: self.batch };
             let bounds = self.store.numbers.bounds();
-            Ok(Outcome::Range(range::range(&read, bounds, range)?.into_response(bounds.revision)?))
+            let moment = Moment { read: &read, bounds, keys: self.store.tally.counts() };
+            Ok(Outcome::Range(range::range(moment, range)?.into_response(bounds.revision)?))
         } else if let Some(compaction) = &request.compaction {
             self.compaction(compaction)
         } else if let Some(grant) = &request.lease_grant {
@@ -130,7 +131,7 @@ impl<V: ReadView> Step<'_, V> {
         write: impl FnOnce(&mut Change<'_, V>, &lease::Leases) -> Result<T, ReadError>,
     ) -> Result<T, ReadError> {
         let store = &mut *self.store;
-        let mut change = Change::new(self.view, self.batch, &mut store.numbers, &mut store.recent);
+        let mut change = Change::new(self.view, self.batch, &mut store.numbers, &mut store.recent, &mut store.tally);
         let done = write(&mut change, &store.leases)?;
         self.applied.events.extend(change.finish());
         Ok(done)

@@ -1,5 +1,6 @@
 //! The store's stories, and its properties.
 
+mod count;
 mod model;
 mod script;
 mod traps;
@@ -42,6 +43,10 @@ impl TestMember {
 
     pub(crate) fn view(&self) -> MemoryView {
         self.backend.view()
+    }
+
+    pub(crate) fn publish(&self) -> Published<MemoryView> {
+        self.store.publish(self.backend.view())
     }
 
     pub(crate) fn entry(index: Index, request: &InternalRaftRequest) -> Entry {

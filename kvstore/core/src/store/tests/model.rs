@@ -11,7 +11,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::backend::{Overlay, Table};
-use crate::mvcc::{ReadError, history, range};
+use crate::mvcc::{Moment, ReadError, history, range};
 
 #[derive(Clone, Debug)]
 enum Op {
@@ -222,26 +222,27 @@ fn everything(revision: i64) -> RangeRequest {
 
 /// Every question at every readable revision.
 fn check_reads(member: &TestMember, model: &Model) {
-    let (view, bounds) = (member.view(), member.store.facts().bounds());
+    let published = member.publish();
+    let (bounds, moment) = (published.facts.bounds(), published.moment());
     assert_eq!((bounds.revision, bounds.compacted), (model.revision, model.compacted));
     for revision in model.compacted.max(1)..=model.revision {
         let expected = model.all_at(revision);
-        let all = range(&view, bounds, &everything(revision)).unwrap();
+        let all = range(moment, &everything(revision)).unwrap();
         assert_eq!((all.count as usize, all.more), (expected.len(), false), "at {revision}");
         assert_eq!(all.into_response(0).unwrap().kvs, expected, "at {revision}");
         let first_two = RangeRequest { limit: 2, ..everything(revision) };
-        let page = range(&view, bounds, &first_two).unwrap();
+        let page = range(moment, &first_two).unwrap();
         assert_eq!((page.count as usize, page.more), (expected.len(), expected.len() > 2));
         assert_eq!(page.into_response(0).unwrap().kvs, expected[..expected.len().min(2)]);
-        let counted = range(&view, bounds, &RangeRequest { count_only: true, ..everything(revision) }).unwrap();
+        let counted = range(moment, &RangeRequest { count_only: true, ..everything(revision) }).unwrap();
         assert_eq!((counted.count as usize, counted.len), (expected.len(), 0));
         for key in (0..6).map(key_of) {
             let one = RangeRequest { key: key.clone(), revision, ..RangeRequest::default() };
-            let found = range(&view, bounds, &one).unwrap().into_response(0).unwrap().kvs;
+            let found = range(moment, &one).unwrap().into_response(0).unwrap().kvs;
             assert_eq!(found.first(), model.at(&key, revision), "{key:?} at {revision}");
         }
     }
-    let refused = |revision| match range(&view, bounds, &everything(revision)) {
+    let refused = |revision| match range(moment, &everything(revision)) {
         Err(ReadError::Answer(error)) => error,
         other => panic!("revision {revision} should not be readable: {other:?}"),
     };
@@ -372,9 +373,11 @@ proptest! {
             let mut batch = WriteBatch::new();
             let applied = batched.store.apply(&view, now, &mut batch).unwrap();
             let bounds = batched.store.facts().bounds();
-            let seen = range(&Overlay { view: &view, batch: &batch }, bounds, &everything(0)).unwrap();
+            let overlay = Overlay { view: &view, batch: &batch };
+            let keys = batched.publish().keys;
+            let seen = range(Moment { read: &overlay, bounds, keys: &keys }, &everything(0)).unwrap();
             batched.backend.write(batch).unwrap();
-            prop_assert_eq!(&seen, &range(&batched.view(), bounds, &everything(0)).unwrap());
+            prop_assert_eq!(&seen, &range(batched.publish().moment(), &everything(0)).unwrap());
             outcomes.extend(applied.outcomes.into_iter().map(|(_, outcome)| outcome));
             events.extend(applied.events);
             if n % 5 == 4 {

@@ -84,8 +84,7 @@ fn run(member: &mut TestMember, current: &mut StoreConfig, line: &str) -> String
                 return refused(error);
             }
             if read_only(&txn) {
-                let bounds = member.store.facts().bounds();
-                return match txn::read(&member.view(), bounds, &txn) {
+                return match txn::read(member.publish().moment(), &txn) {
                     Ok(response) => format!("read only\n{}", show_txn(&response, 0)),
                     Err(error) => show_read_error(error),
                 };
@@ -292,11 +291,11 @@ fn get(member: &TestMember, args: &mut Args<'_>) -> String {
     if let Err(error) = check::validate_range(&request) {
         return refused(error);
     }
-    let bounds = member.store.facts().bounds();
-    match range(&member.view(), bounds, &request) {
+    let published = member.publish();
+    match range(published.moment(), &request) {
         Ok(found) => {
             let len = found.len;
-            let response = found.into_response(bounds.revision).unwrap();
+            let response = found.into_response(published.facts.revision).unwrap();
             assert_eq!(len, response.kvs.len(), "as many as it says");
             show_range(&response, 0)
         }

@@ -228,7 +228,7 @@ fn any_version_of_a_long_chain_is_a_few_reads_away() {
     }
     let reads = |revision| {
         let view = Counting(member.view(), Arc::default());
-        crate::mvcc::range(&view, member.store.facts().bounds(), &range("k", "", revision)).unwrap();
+        crate::mvcc::range(member.store.publish(view.clone()).moment(), &range("k", "", revision)).unwrap();
         view.1.load(Ordering::Relaxed)
     };
     assert_eq!(reads(0), 1, "the newest is one get");
@@ -331,7 +331,7 @@ fn a_missing_record_is_damage_and_not_an_absent_key() {
     let mut batch = WriteBatch::new();
     batch.delete(Table::Rev, Bytes::copy_from_slice(&keys::rev(Revision::new(2, 0))));
     member.backend.write(batch).unwrap();
-    let found = crate::mvcc::range(&member.view(), member.store.facts().bounds(), &range("k", "", 2));
+    let found = crate::mvcc::range(member.publish().moment(), &range("k", "", 2));
     assert!(matches!(found, Err(ReadError::Fatal(Fatal::Damaged { .. }))));
 }
 
@@ -344,7 +344,7 @@ fn records_hold_the_bytes_of_the_wire() {
     let (_, applied) = member.apply(&put("empty", ""));
     let bytes = applied.events[0].events[0].kv.clone();
     assert_eq!(bytes, KeyValue::decode(bytes.clone()).unwrap().encode_to_vec());
-    let response = crate::mvcc::range(&member.view(), member.store.facts().bounds(), &range("k", "", 0)).unwrap();
+    let response = crate::mvcc::range(member.publish().moment(), &range("k", "", 0)).unwrap();
     let kv =
         KeyValue { key: key("k"), create_revision: 2, mod_revision: 2, version: 1, value: key("value"), lease: 300 };
     let mut framed = vec![0x12, kv.encoded_len() as u8];
