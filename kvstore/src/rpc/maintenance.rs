@@ -30,7 +30,7 @@ pub(crate) const STORAGE_VERSION: &str = "3.7.0";
 /// Which member raised what, in etcd's words.
 fn alarm_text(member_id: u64, alarm: i32) -> String {
     let kind = AlarmType::try_from(alarm).map_or("UNKNOWN", |kind| kind.as_str_name());
-    format!("memberID:{member_id} alarm:{kind} ")
+    format!("memberID:{member_id} alarm:{kind}")
 }
 
 fn later<T>(what: &str) -> Result<Response<T>, Status> {

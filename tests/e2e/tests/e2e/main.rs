@@ -22,6 +22,7 @@ macro_rules! on_both {
 
 mod command_line;
 mod crash;
+mod differential;
 mod endpoints;
 mod errors;
 mod history;
