@@ -107,8 +107,10 @@ fn delete_dead<V: ReadView>(
     tally: &mut Tally,
 ) -> Result<(), Fatal> {
     let (header, kv) = Header::decode(record)?;
-    let key = Kv::decode(kv)?.key;
-    if header.previous.main != 0 {
+    let Kv { key, create_revision, .. } = Kv::decode(kv)?;
+    // A key that returned in the revision that deleted it: the record before is a tombstone, and at R it stays.
+    let over_last_tombstone = header.previous.main >= compacted && create_revision == revision.main;
+    if header.previous.main != 0 && !over_last_tombstone {
         delete_record(key, header.previous, header.depth - 1, batch);
     }
     if !header.tombstone || revision.main >= compacted {

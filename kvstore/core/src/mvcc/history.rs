@@ -79,11 +79,7 @@ fn event<R: Read>(
     let create = !header.tombstone && fields.create_revision == fields.mod_revision;
     // Not by whether the row happens to be there still: members and moments would differ (trap 5).
     let readable = revision > bounds.compacted;
-    let prev = if want_prev && readable && !create && header.previous.main != 0 {
-        read.get(Table::Rev, &keys::rev(header.previous))?.map(|row| record::kv_of(&row)).transpose()?
-    } else {
-        None
-    };
+    let prev = if want_prev && readable && !create { before(read, revision, header.previous)? } else { None };
     Ok(Event {
         key: kv.slice_ref(fields.key),
         kind: if header.tombstone { EventKind::Delete } else { EventKind::Put },
@@ -91,4 +87,20 @@ fn event<R: Read>(
         prev,
         kv,
     })
+}
+
+/// The `KeyValue` of a key before `revision`, given what its record there superseded. One revision may change a key twice
+/// (`check.rs`), so that may be a record of the same revision: what watchers are shown is older.
+fn before<R: Read>(read: &R, revision: i64, mut previous: Revision) -> Result<Option<Bytes>, Fatal> {
+    while previous.main != 0 {
+        let Some(row) = read.get(Table::Rev, &keys::rev(previous))? else {
+            return Ok(None);
+        };
+        let (header, _) = Header::decode(&row)?;
+        if previous.main < revision {
+            return if header.tombstone { Ok(None) } else { Ok(Some(record::kv_of(&row)?)) };
+        }
+        previous = header.previous;
+    }
+    Ok(None)
 }

@@ -142,7 +142,8 @@ impl<'a, V: ReadView> Change<'a, V> {
         if before.is_none() {
             self.tally.created(new.key, newest.is_none())?;
         }
-        self.write(&kv, false, &replaced, before.is_none(), prev.clone())?;
+        let shown = prev.clone().and_then(|prev| self.before_request(new.key, replaced.revision, prev));
+        self.write(&kv, false, &replaced, before.is_none(), shown)?;
         Ok(prev)
     }
 
@@ -174,8 +175,18 @@ impl<'a, V: ReadView> Change<'a, V> {
         let tombstone = Kv { key: before.key, mod_revision: self.numbers.revision + 1, ..Kv::default() };
         self.attach(before.key, before.lease, 0);
         self.tally.deleted(before.key)?;
-        self.write(&tombstone, true, &replaced, false, Some(prev.clone()))?;
+        let shown = self.before_request(before.key, replaced.revision, prev.clone());
+        self.write(&tombstone, true, &replaced, false, shown)?;
         Ok(prev)
+    }
+
+    /// What watchers are shown as the previous `KeyValue` of a change that replaces `prev`, written at `replaced`: what
+    /// stood there before the whole request, even if the request changes the key twice (`check.rs`).
+    fn before_request(&self, key: &[u8], replaced: Revision, prev: Bytes) -> Option<Bytes> {
+        if replaced.main <= self.numbers.revision {
+            return Some(prev);
+        }
+        self.events.iter().find(|event| event.key == key).and_then(|event| event.prev.clone())
     }
 
     /// Moves a key from one lease to another.

@@ -209,9 +209,9 @@ fn range_request(args: &mut Args<'_>) -> RangeRequest {
         sort_target: target,
         keys_only: args.flag("keys_only"),
         count_only: args.flag("count_only"),
+        serializable: args.flag("serializable"),
         key: args.bytes(),
         range_end: args.bytes(),
-        serializable: false,
     }
 }
 
@@ -229,29 +229,41 @@ fn transaction(words: &[Word]) -> TxnRequest {
     request
 }
 
-/// `mod KEY = 3`, `value KEY < x end=z`; without an operand it is unset.
+/// `mod KEY = 3`, `value KEY < x end=z`; without an operand it is unset, `mod KEY = version=3` has another target's, and
+/// a target or a relation that etcd does not know is a number.
 fn compare(words: &[Word]) -> Compare {
     let mut args = Args::new(&words[1..]);
     let range_end = args.option("end").map(|end| Word::parse(end)[0].bytes().to_vec()).unwrap_or_default();
     let key = args.bytes();
     let result = match args.words.remove(0).text() {
-        "=" => CompareResult::Equal,
-        "!=" => CompareResult::NotEqual,
-        ">" => CompareResult::Greater,
-        "<" => CompareResult::Less,
-        other => panic!("unknown relation {other}"),
+        "=" => CompareResult::Equal as i32,
+        "!=" => CompareResult::NotEqual as i32,
+        ">" => CompareResult::Greater as i32,
+        "<" => CompareResult::Less as i32,
+        number => number.parse().unwrap(),
     };
-    let operand = (!args.words.is_empty()).then(|| args.bytes());
-    let number = operand.as_ref().and_then(|b| std::str::from_utf8(b).unwrap().parse().ok());
-    let (target, target_union) = match words[0].text() {
-        "version" => (CompareTarget::Version, number.map(TargetUnion::Version)),
-        "create" => (CompareTarget::Create, number.map(TargetUnion::CreateRevision)),
-        "mod" => (CompareTarget::Mod, number.map(TargetUnion::ModRevision)),
-        "lease" => (CompareTarget::Lease, number.map(TargetUnion::Lease)),
-        "value" => (CompareTarget::Value, operand.map(TargetUnion::Value)),
-        other => panic!("unknown target {other}"),
+    let (target, own) = match words[0].text() {
+        "version" => (CompareTarget::Version as i32, "version"),
+        "create" => (CompareTarget::Create as i32, "create"),
+        "mod" => (CompareTarget::Mod as i32, "mod"),
+        "lease" => (CompareTarget::Lease as i32, "lease"),
+        "value" => (CompareTarget::Value as i32, "value"),
+        number => (number.parse().unwrap(), ""),
     };
-    Compare { result: result as i32, target: target as i32, key, range_end: range_end.into(), target_union }
+    let foreign = ["version", "create", "mod", "lease", "value"].into_iter().find_map(|o| Some((o, args.option(o)?)));
+    let operand = match foreign {
+        Some((other, operand)) => Some((other, Bytes::copy_from_slice(operand.as_bytes()))),
+        None => (!args.words.is_empty()).then(|| (own, args.bytes())),
+    };
+    let number = |b: &Bytes| std::str::from_utf8(b).unwrap().parse().unwrap();
+    let target_union = operand.map(|(kind, operand)| match kind {
+        "version" => TargetUnion::Version(number(&operand)),
+        "create" => TargetUnion::CreateRevision(number(&operand)),
+        "mod" => TargetUnion::ModRevision(number(&operand)),
+        "lease" => TargetUnion::Lease(number(&operand)),
+        _ => TargetUnion::Value(operand),
+    });
+    Compare { result, target, key, range_end: range_end.into(), target_union }
 }
 
 fn operation(words: &[Word]) -> RequestOp {
