@@ -27,6 +27,7 @@ mod catch_up;
 mod encode;
 mod hub;
 mod ranges;
+mod recent;
 mod session;
 
 use bytes::Bytes;
@@ -43,9 +44,12 @@ pub struct StreamId(pub u64);
 pub struct WatchLimits {
     /// A session with so many frames is full: event frames wait outside, as a cursor.
     pub queue_frames: usize,
-    /// The same, in bytes of events.
+    /// The same, in bytes of memory.
     pub queue_bytes: usize,
-    /// Watchers that asked for fragments get responses below this size (but at least one event); etcd's max request bytes.
+    /// A stream takes no more frames at once than those that reach this size.
+    pub take_bytes: usize,
+    /// Watchers that asked for fragments get responses below this size (but at least one event): the largest request that etcd
+    /// would read, `--max-request-bytes` and 512 KiB.
     pub fragment_bytes: usize,
     /// A frame, or a slice of history, that has reached this size ends with its revision. It may be larger than a queue: the
     /// frame that fills one goes in whole.
@@ -65,10 +69,11 @@ pub struct WatchLimits {
 impl Default for WatchLimits {
     fn default() -> Self {
         WatchLimits {
-            queue_frames: 128,
-            queue_bytes: 4 << 20,
-            fragment_bytes: 3 << 19,
-            frame_bytes: 8 << 20,
+            queue_frames: 8192,
+            queue_bytes: 2 << 20,
+            take_bytes: 64 << 10,
+            fragment_bytes: 2 << 20,
+            frame_bytes: 4 << 20,
             recent_revisions: 1024,
             recent_bytes: 16 << 20,
             catch_up_rows: 1000,

@@ -11,12 +11,14 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use keelson_proto::etcdserverpb::WatchCreateRequest;
 use keelson_proto::etcdserverpb::watch_create_request::FilterType;
+use keelson_proto::etcdserverpb::watch_request::RequestUnion;
+use keelson_proto::etcdserverpb::{WatchCreateRequest, WatchRequest};
 
 use super::catch_up::{CatchUp, Interest, Source, Want};
 use super::encode::{self, Encoded};
-use super::ranges::{End, Ranges, Span, WatcherKey};
+use super::ranges::{Ranges, Span, WatcherKey};
+use super::recent::Recent;
 use super::session::Session;
 use super::{Frame, NO_WATCH, StreamId, WatchLimits, reason};
 use crate::mvcc::RevisionEvents;
@@ -29,7 +31,8 @@ pub struct WatchHub {
     revision: i64,
     compacted: i64,
     sessions: BTreeMap<StreamId, Session>,
-    watchers: BTreeMap<WatcherKey, Watcher>,
+    /// Boxed: a map's nodes stand half empty.
+    watchers: BTreeMap<WatcherKey, Box<Watcher>>,
     /// The synced watchers, and they alone.
     synced: Ranges,
     /// Unsynced watchers whose turn to catch up will come; may name some that are gone.
@@ -53,7 +56,8 @@ struct Watcher {
     /// No events since the last tick of the progress timer.
     quiet: bool,
     place: Place,
-    batch: Batch,
+    /// Where its batch is, during a publication.
+    batch: Option<usize>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -81,43 +85,11 @@ impl Batch {
     fn add(&mut self, revision: i64, event: Bytes) {
         if self.events.is_empty() {
             self.from = revision;
+            // Most have one; a vector that grows by itself begins with four.
+            self.events.reserve_exact(1);
         }
         self.bytes += event.len();
         self.events.push(event);
-    }
-}
-
-/// The newest revisions, so that who lags a little need not read history.
-#[derive(Default, Debug)]
-struct Recent {
-    revisions: VecDeque<Arc<Encoded>>,
-    bytes: usize,
-    /// Everything above this revision, up to the hub's, is here.
-    after: i64,
-}
-
-impl Recent {
-    fn reset(&mut self, after: i64) {
-        *self = Recent { after, ..Recent::default() };
-    }
-
-    fn push(&mut self, revision: Arc<Encoded>, limits: &WatchLimits) {
-        self.bytes += revision.bytes;
-        self.revisions.push_back(revision);
-        while self.revisions.len() > limits.recent_revisions || self.bytes > limits.recent_bytes {
-            let Some(oldest) = self.revisions.pop_front() else { break };
-            self.bytes -= oldest.bytes;
-            self.after = oldest.revision;
-        }
-    }
-
-    fn covers(&self, cursor: i64) -> bool {
-        cursor > self.after
-    }
-
-    fn from(&self, cursor: i64) -> impl Iterator<Item = &Arc<Encoded>> {
-        let at = self.revisions.partition_point(|revision| revision.revision < cursor);
-        self.revisions.range(at..)
     }
 }
 
@@ -143,7 +115,7 @@ impl WatchHub {
             watchers: BTreeMap::new(),
             synced: Ranges::default(),
             queue: VecDeque::new(),
-            recent: Recent { after: revision, ..Recent::default() },
+            recent: Recent::new(revision),
             last_stream: 0,
             last_watcher: 0,
             delivered_events: 0,
@@ -179,6 +151,17 @@ impl WatchHub {
         }
     }
 
+    /// Does what the stream's client asks. A request that is none of those we know is no reason to end the other watches: it is
+    /// ignored.
+    pub fn request(&mut self, stream: StreamId, request: &WatchRequest) {
+        match &request.request_union {
+            Some(RequestUnion::CreateRequest(create)) => self.create(stream, create),
+            Some(RequestUnion::CancelRequest(cancel)) => self.cancel(stream, cancel.watch_id),
+            Some(RequestUnion::ProgressRequest(_)) => self.request_progress(stream),
+            None => {}
+        }
+    }
+
     /// Creates a watcher, or refuses to; the answer is in the queue. Permission is the caller's to check
     /// ([`refuse`](WatchHub::refuse)).
     pub fn create(&mut self, stream: StreamId, request: &WatchCreateRequest) {
@@ -186,7 +169,7 @@ impl WatchHub {
         if request.start_revision < 0 {
             return self.refuse(stream, reason::COMPACTED.to_owned());
         }
-        let Some(span) = span(&request.key, &request.range_end) else {
+        let Some(span) = Span::of_request(&request.key, &request.range_end) else {
             return self.refuse(stream, reason::EMPTY_RANGE.to_owned());
         };
         if request.watch_id != 0 && session.watchers.contains_key(&request.watch_id) {
@@ -213,9 +196,9 @@ impl WatchHub {
             progress_notify: request.progress_notify,
             quiet: true,
             place: Place::CatchingUp,
-            batch: Batch::default(),
+            batch: None,
         };
-        self.watchers.insert(key, watcher);
+        self.watchers.insert(key, Box::new(watcher));
         self.settle(key);
     }
 
@@ -244,12 +227,12 @@ impl WatchHub {
     }
 
     /// Reports the progress of the whole stream, if all its watchers are synced and have reached their start; else the client
-    /// has to ask again.
+    /// has to ask again. One that a compaction ended is not synced until the client has cancelled it too, as in etcd.
     pub fn request_progress(&mut self, stream: StreamId) {
         let Some(session) = self.sessions.get_mut(&stream) else { return };
-        let mut live = session.watchers.values().filter_map(|key| self.watchers.get(key)).peekable();
-        let reached = live.peek().is_some() && live.all(|watcher| watcher.has_progress(self.revision));
-        if reached && !session.is_full(&self.limits) {
+        let reached = |key| self.watchers.get(key).is_some_and(|watcher| watcher.has_progress(self.revision));
+        let all_reached = !session.watchers.is_empty() && session.watchers.values().all(reached);
+        if all_reached && !session.is_full(&self.limits) {
             session.push(Frame { watch_id: NO_WATCH, revision: self.revision, ..Frame::default() });
         }
     }
@@ -286,7 +269,7 @@ impl WatchHub {
     /// ([`has_catch_up`](WatchHub::has_catch_up)).
     pub fn take(&mut self, stream: StreamId, max: usize) -> Vec<Frame> {
         let Some(session) = self.sessions.get_mut(&stream) else { return Vec::new() };
-        let frames = session.take(max);
+        let frames = session.take(max, self.limits.take_bytes);
         if session.has_drained(&self.limits) {
             for key in std::mem::take(&mut session.blocked) {
                 if let Some(watcher) = self.watchers.get_mut(&key) {
@@ -306,11 +289,11 @@ impl WatchHub {
         let before = self.revision;
         self.revision = before.max(revision);
         if self.watchers.is_empty() {
-            self.recent.reset(self.revision);
+            self.recent = Recent::new(self.revision);
             return Vec::new();
         }
         let mut wakes = Vec::new();
-        let mut touched = Vec::new();
+        let mut batches: Vec<(WatcherKey, Batch)> = Vec::new();
         let mut found = Vec::new();
         for changes in events {
             if changes.revision <= before {
@@ -329,24 +312,32 @@ impl WatchHub {
                     }
                     let picked = watcher.interest.pick(encoded.revision, event, self.compacted);
                     let Some(bytes) = picked else { continue };
-                    if watcher.batch.events.is_empty() {
-                        touched.push(*key);
+                    let at = *watcher.batch.get_or_insert(batches.len());
+                    if at == batches.len() {
+                        batches.push((*key, Batch::default()));
                     }
-                    let was_heavy = watcher.batch.bytes >= self.limits.frame_bytes;
-                    watcher.batch.add(encoded.revision, bytes.clone());
-                    if !was_heavy && watcher.batch.bytes >= self.limits.frame_bytes {
-                        heavy.push(*key);
+                    let batch = &mut batches[at].1;
+                    let was_heavy = batch.bytes >= self.limits.frame_bytes;
+                    batch.add(encoded.revision, bytes.clone());
+                    if !was_heavy && batch.bytes >= self.limits.frame_bytes {
+                        heavy.push(at);
                     }
                 }
             }
-            for key in heavy {
-                self.flush(key, &mut wakes);
+            for at in heavy {
+                let (key, batch) = &mut batches[at];
+                self.flush(*key, std::mem::take(batch), &mut wakes);
             }
             self.recent.push(encoded, &self.limits);
         }
-        for key in touched {
-            self.flush(key, &mut wakes);
+        for (key, batch) in batches {
+            if let Some(watcher) = self.watchers.get_mut(&key) {
+                watcher.batch = None;
+            }
+            self.flush(key, batch, &mut wakes);
         }
+        wakes.sort_unstable();
+        wakes.dedup();
         wakes
     }
 
@@ -375,7 +366,7 @@ impl WatchHub {
         }
         self.synced.clear();
         self.revision = self.revision.max(revision);
-        self.recent.reset(self.revision);
+        self.recent = Recent::new(self.revision);
         let mut wakes = self.compacted(compacted);
         for key in synced {
             wakes.extend(self.settle(key));
@@ -458,17 +449,16 @@ impl WatchHub {
         next: i64,
         wakes: &mut Vec<StreamId>,
     ) -> bool {
+        let mut batch = Batch::default();
         for (revision, events) in found {
-            let Some(watcher) = self.watchers.get_mut(&key) else { return false };
-            watcher.cursor = if watcher.batch.events.is_empty() { revision } else { watcher.cursor };
             for event in events {
-                watcher.batch.add(revision, event);
+                batch.add(revision, event);
             }
-            if watcher.batch.bytes >= self.limits.frame_bytes && !self.flush(key, wakes) {
+            if batch.bytes >= self.limits.frame_bytes && !self.flush(key, std::mem::take(&mut batch), wakes) {
                 return false;
             }
         }
-        if !self.flush(key, wakes) {
+        if !self.flush(key, batch, wakes) {
             return false;
         }
         if let Some(watcher) = self.watchers.get_mut(&key) {
@@ -477,10 +467,9 @@ impl WatchHub {
         true
     }
 
-    /// Moves the watcher's batch into its session; false if that is full.
-    fn flush(&mut self, key: WatcherKey, wakes: &mut Vec<StreamId>) -> bool {
+    /// Moves a batch into its watcher's session; false if that is full: the watcher is blocked then, at the batch's beginning.
+    fn flush(&mut self, key: WatcherKey, batch: Batch, wakes: &mut Vec<StreamId>) -> bool {
         let Some(watcher) = self.watchers.get_mut(&key) else { return false };
-        let batch = std::mem::take(&mut watcher.batch);
         if batch.events.is_empty() {
             return true;
         }
@@ -519,7 +508,7 @@ impl WatchHub {
                 self.queue.push_back(key);
                 return None;
             }
-            let found = recent_for(&self.recent, watcher, self.compacted);
+            let found = self.recent.pick(watcher.cursor, &watcher.interest, self.compacted);
             if !self.deliver(key, found, self.revision + 1, &mut wakes) {
                 return wakes.pop();
             }
@@ -540,7 +529,7 @@ impl WatchHub {
     }
 
     /// Takes a watcher out of the hub, but for its session.
-    fn forget(&mut self, key: WatcherKey) -> Option<Watcher> {
+    fn forget(&mut self, key: WatcherKey) -> Option<Box<Watcher>> {
         let watcher = self.watchers.remove(&key)?;
         if watcher.place == Place::Synced {
             self.synced.remove(&watcher.interest.span, key);
@@ -578,30 +567,5 @@ impl WatchLimits {
             slice.source = Source::Recent(revisions);
         }
         slice
-    }
-}
-
-/// What a watcher gets of the revisions that the hub remembers, from its cursor on.
-fn recent_for(recent: &Recent, watcher: &Watcher, compacted: i64) -> Vec<(i64, Vec<Bytes>)> {
-    let mut found = Vec::new();
-    for revision in recent.from(watcher.cursor) {
-        let wanted = revision.events.iter().filter(|event| watcher.interest.span.contains(event.key()));
-        let picked = wanted.filter_map(|event| watcher.interest.pick(revision.revision, event, compacted));
-        let events: Vec<Bytes> = picked.cloned().collect();
-        if !events.is_empty() {
-            found.push((revision.revision, events));
-        }
-    }
-    found
-}
-
-/// What a request watches; `None` if no key lies in it. An empty key is the smallest one; an end of one zero byte is no end.
-fn span(key: &Bytes, range_end: &Bytes) -> Option<Span> {
-    let key = if key.is_empty() { Bytes::from_static(b"\0") } else { key.clone() };
-    match range_end.as_ref() {
-        [] => Some(Span::Key(key)),
-        [0] => Some(Span::Range(key, End::Never)),
-        end if end <= key.as_ref() => None,
-        _ => Some(Span::Range(key, End::Before(range_end.clone()))),
     }
 }

@@ -8,8 +8,7 @@
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
-
-use bytes::Bytes;
+use std::sync::Arc;
 
 /// A watcher in the hub; never used twice.
 pub(super) type WatcherKey = u64;
@@ -17,22 +16,33 @@ pub(super) type WatcherKey = u64;
 /// Where a range ends.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub(super) enum End {
-    Before(Bytes),
+    Before(Arc<[u8]>),
     Never,
 }
 
-/// What a watcher watches.
+/// What a watcher watches. The bytes are its own, shared with the index: those of a request would keep all that came with it.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) enum Span {
-    Key(Bytes),
-    Range(Bytes, End),
+    Key(Arc<[u8]>),
+    Range(Arc<[u8]>, End),
 }
 
 impl Span {
+    /// What a request watches; `None` if no key lies in it. An empty key is the smallest one; an end of one zero byte is no end.
+    pub(super) fn of_request(key: &[u8], range_end: &[u8]) -> Option<Span> {
+        let key = if key.is_empty() { b"\0" } else { key };
+        match range_end {
+            [] => Some(Span::Key(key.into())),
+            [0] => Some(Span::Range(key.into(), End::Never)),
+            end if end <= key => None,
+            end => Some(Span::Range(key.into(), End::Before(end.into()))),
+        }
+    }
+
     pub(super) fn contains(&self, key: &[u8]) -> bool {
         match self {
-            Span::Key(only) => only == key,
-            Span::Range(start, end) => start <= key && end.is_after(key),
+            Span::Key(only) => **only == *key,
+            Span::Range(start, end) => **start <= *key && end.is_after(key),
         }
     }
 }
@@ -40,7 +50,7 @@ impl Span {
 impl End {
     fn is_after(&self, key: &[u8]) -> bool {
         match self {
-            End::Before(end) => end > key,
+            End::Before(end) => **end > *key,
             End::Never => true,
         }
     }
@@ -49,16 +59,56 @@ impl End {
 /// The synced watchers by what they watch.
 #[derive(Default, Debug)]
 pub(super) struct Ranges {
-    keys: BTreeMap<Bytes, BTreeSet<WatcherKey>>,
+    keys: BTreeMap<Arc<[u8]>, Holders>,
     tree: Tree,
+}
+
+/// Who watches one key or range: mostly one.
+#[derive(Debug)]
+enum Holders {
+    One(WatcherKey),
+    Many(BTreeSet<WatcherKey>),
+}
+
+impl Holders {
+    fn insert(&mut self, watcher: WatcherKey) {
+        match self {
+            Holders::One(only) if *only == watcher => {}
+            Holders::One(only) => *self = Holders::Many(BTreeSet::from([*only, watcher])),
+            Holders::Many(watchers) => {
+                watchers.insert(watcher);
+            }
+        }
+    }
+
+    /// True if nobody is left.
+    fn remove(&mut self, watcher: WatcherKey) -> bool {
+        match self {
+            Holders::One(only) => *only == watcher,
+            Holders::Many(watchers) => {
+                watchers.remove(&watcher);
+                watchers.is_empty()
+            }
+        }
+    }
+
+    fn add_to(&self, found: &mut Vec<WatcherKey>) {
+        match self {
+            Holders::One(only) => found.push(*only),
+            Holders::Many(watchers) => found.extend(watchers),
+        }
+    }
 }
 
 impl Ranges {
     pub(super) fn insert(&mut self, span: &Span, watcher: WatcherKey) {
         match span {
-            Span::Key(key) => {
-                self.keys.entry(key.clone()).or_default().insert(watcher);
-            }
+            Span::Key(key) => match self.keys.get_mut(key) {
+                Some(holders) => holders.insert(watcher),
+                None => {
+                    self.keys.insert(Arc::clone(key), Holders::One(watcher));
+                }
+            },
             Span::Range(start, end) => self.tree.insert(start, end, watcher),
         }
     }
@@ -66,11 +116,10 @@ impl Ranges {
     pub(super) fn remove(&mut self, span: &Span, watcher: WatcherKey) {
         match span {
             Span::Key(key) => {
-                if let Entry::Occupied(mut entry) = self.keys.entry(key.clone()) {
-                    entry.get_mut().remove(&watcher);
-                    if entry.get().is_empty() {
-                        entry.remove();
-                    }
+                if let Entry::Occupied(mut entry) = self.keys.entry(Arc::clone(key))
+                    && entry.get_mut().remove(watcher)
+                {
+                    entry.remove();
                 }
             }
             Span::Range(start, end) => self.tree.remove(start, end, watcher),
@@ -84,7 +133,7 @@ impl Ranges {
     /// Adds everyone who watches `key` to `found`.
     pub(super) fn find(&self, key: &[u8], found: &mut Vec<WatcherKey>) {
         if let Some(exact) = self.keys.get(key) {
-            found.extend(exact);
+            exact.add_to(found);
         }
         self.tree.find(self.tree.root, key, found);
     }
@@ -106,14 +155,14 @@ struct Tree {
 
 #[derive(Debug)]
 struct Node {
-    start: Bytes,
+    start: Arc<[u8]>,
     end: End,
     /// The largest end in this subtree.
     last_end: End,
     priority: u64,
     left: Link,
     right: Link,
-    watchers: BTreeSet<WatcherKey>,
+    holders: Holders,
 }
 
 impl Tree {
@@ -124,17 +173,17 @@ impl Tree {
             return;
         }
         self.find(node.left, key, found);
-        if node.start <= key {
+        if *node.start <= *key {
             if node.end.is_after(key) {
-                found.extend(&node.watchers);
+                node.holders.add_to(found);
             }
             self.find(node.right, key, found);
         }
     }
 
-    fn insert(&mut self, start: &Bytes, end: &End, watcher: WatcherKey) {
+    fn insert(&mut self, start: &Arc<[u8]>, end: &End, watcher: WatcherKey) {
         if let Some(at) = self.at(start, end) {
-            self.nodes[at].watchers.insert(watcher);
+            self.nodes[at].holders.insert(watcher);
             return;
         }
         let node = Node {
@@ -144,7 +193,7 @@ impl Tree {
             priority: priority(start, end),
             left: None,
             right: None,
-            watchers: BTreeSet::from([watcher]),
+            holders: Holders::One(watcher),
         };
         let new = match self.free.pop() {
             Some(at) => {
@@ -161,20 +210,19 @@ impl Tree {
         self.root = self.merge(left, right);
     }
 
-    fn remove(&mut self, start: &Bytes, end: &End, watcher: WatcherKey) {
+    fn remove(&mut self, start: &Arc<[u8]>, end: &End, watcher: WatcherKey) {
         let Some(at) = self.at(start, end) else { return };
-        self.nodes[at].watchers.remove(&watcher);
-        if self.nodes[at].watchers.is_empty() {
+        if self.nodes[at].holders.remove(watcher) {
             self.root = self.without(self.root, start, end);
             self.free.push(at);
             // Lets the range's bytes go; the slot waits for the next insert.
-            self.nodes[at].start = Bytes::new();
+            self.nodes[at].start = Arc::default();
             self.nodes[at].end = End::Never;
             self.nodes[at].last_end = End::Never;
         }
     }
 
-    fn at(&self, start: &Bytes, end: &End) -> Link {
+    fn at(&self, start: &Arc<[u8]>, end: &End) -> Link {
         let mut link = self.root;
         while let Some(at) = link {
             let node = &self.nodes[at];
@@ -188,7 +236,7 @@ impl Tree {
     }
 
     /// The subtree without the node of exactly this range, which is in it.
-    fn without(&mut self, link: Link, start: &Bytes, end: &End) -> Link {
+    fn without(&mut self, link: Link, start: &Arc<[u8]>, end: &End) -> Link {
         let at = link?;
         let (left, right) = (self.nodes[at].left, self.nodes[at].right);
         match (start, end).cmp(&(&self.nodes[at].start, &self.nodes[at].end)) {
@@ -201,7 +249,7 @@ impl Tree {
     }
 
     /// The subtree's ranges before the given one, and the others.
-    fn split(&mut self, link: Link, start: &Bytes, end: &End) -> (Link, Link) {
+    fn split(&mut self, link: Link, start: &Arc<[u8]>, end: &End) -> (Link, Link) {
         let Some(at) = link else { return (None, None) };
         if (&self.nodes[at].start, &self.nodes[at].end) < (start, end) {
             let (left, right) = self.split(self.nodes[at].right, start, end);
@@ -239,7 +287,7 @@ impl Tree {
 }
 
 /// FNV-1a with a final mix: spread evenly is all it has to be, and the same everywhere.
-fn priority(start: &Bytes, end: &End) -> u64 {
+fn priority(start: &Arc<[u8]>, end: &End) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     let mut add = |byte: u8| hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     start.iter().copied().for_each(&mut add);
@@ -266,7 +314,7 @@ mod tests {
     fn prefix(text: String) -> Span {
         let mut end = text.clone().into_bytes();
         *end.last_mut().unwrap() += 1;
-        Span::Range(Bytes::from(text), End::Before(Bytes::from(end)))
+        Span::Range(text.as_bytes().into(), End::Before(end.into()))
     }
 
     /// Ten thousand watchers must not mean ten thousand comparisons an event.
@@ -287,7 +335,7 @@ mod tests {
     }
 
     fn span() -> impl Strategy<Value = Span> {
-        let key = prop::collection::vec(0..4_u8, 0..3).prop_map(Bytes::from);
+        let key = prop::collection::vec(0..4_u8, 0..3).prop_map(Arc::<[u8]>::from);
         (key.clone(), key, 0..3_u8).prop_map(|(a, b, kind)| match kind {
             0 => Span::Key(a),
             1 => Span::Range(a, End::Never),

@@ -8,11 +8,17 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use bytes::Bytes;
+
 use super::ranges::WatcherKey;
 use super::{Frame, WatchLimits};
 
-/// What a frame costs beside its events.
-const FRAME_BYTES: usize = 64;
+/// What a frame costs beside its events, and an event beside its bytes.
+const FRAME_BYTES: usize = size_of::<Frame>();
+const EVENT_BYTES: usize = size_of::<Bytes>();
+
+/// A queue that has run empty keeps room for so many frames: most streams are quiet most of the time.
+const KEPT_FRAMES: usize = 16;
 
 #[derive(Default, Debug)]
 pub(super) struct Session {
@@ -50,9 +56,19 @@ impl Session {
         self.queue.push_back(frame);
     }
 
-    pub(super) fn take(&mut self, max: usize) -> Vec<Frame> {
-        let taken: Vec<Frame> = self.queue.drain(..max.min(self.queue.len())).collect();
+    /// The next frames: at most `max_frames`, and none after those that reach `max_bytes`.
+    pub(super) fn take(&mut self, max_frames: usize, max_bytes: usize) -> Vec<Frame> {
+        let mut bytes = 0;
+        let wanted = self.queue.iter().take(max_frames).take_while(|frame| {
+            let before = bytes;
+            bytes += cost(frame);
+            before < max_bytes
+        });
+        let taken: Vec<Frame> = self.queue.drain(..wanted.count()).collect();
         self.bytes -= taken.iter().map(cost).sum::<usize>();
+        if self.queue.is_empty() && self.queue.capacity() > KEPT_FRAMES {
+            self.queue = VecDeque::new();
+        }
         taken
     }
 
@@ -62,5 +78,5 @@ impl Session {
 }
 
 fn cost(frame: &Frame) -> usize {
-    FRAME_BYTES + frame.cancel_reason.len() + frame.events.iter().map(bytes::Bytes::len).sum::<usize>()
+    FRAME_BYTES + frame.cancel_reason.len() + frame.events.iter().map(|event| EVENT_BYTES + event.len()).sum::<usize>()
 }

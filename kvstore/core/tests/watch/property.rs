@@ -386,7 +386,8 @@ fn limits() -> impl Strategy<Value = WatchLimits> {
     (1..6_usize, 1..6_usize, 0..6_usize, 1..6_usize, 0..4_usize, 1..200_usize, 1..4_usize).prop_map(
         |(queue_frames, rows, recent, watchers, join, frame_bytes, size)| WatchLimits {
             queue_frames,
-            queue_bytes: 200 * size,
+            queue_bytes: 300 * size,
+            take_bytes: 150 * size,
             fragment_bytes: 100 * size,
             frame_bytes,
             recent_revisions: recent,

@@ -5,6 +5,7 @@
 //! | `hub revision=N queue-frames=N queue-bytes=N fragment-bytes=N frame-bytes=N recent=N rows=N join=N` | begins anew |
 //! | `open`, `close S` | a stream |
 //! | `create S key=K end=K start=N id=N noput nodelete prev progress fragment` | `\0` is the zero byte, nothing is nothing |
+//! | `ask S nothing` | a request that is none of those we know |
 //! | `refuse S text`, `cancel S id=N`, `progress S`, `tick S`, `take S N` | |
 //! | `put K V`, `del K`, `txn put K V, del K; put …` | applied and published; `;` begins another revision |
 //! | `ahead put …`, `publish` | applied first, published later |
@@ -14,7 +15,8 @@
 use std::fmt::Write as _;
 
 use bytes::Bytes;
-use keelson_proto::etcdserverpb::WatchCreateRequest;
+use keelson_proto::etcdserverpb::watch_request::RequestUnion;
+use keelson_proto::etcdserverpb::{WatchCancelRequest, WatchCreateRequest, WatchProgressRequest, WatchRequest};
 use keelson_proto::mvccpb;
 use kvstore_core::watch::{CatchUp, Frame, StreamId, WatchHub, WatchLimits};
 use prost::Message;
@@ -46,10 +48,14 @@ impl Teller for Story {
             "hub" => self.begin(command),
             "open" => writeln!(out, "stream {}", self.hub.open().0).unwrap(),
             "close" => self.hub.close(stream()),
-            "create" => self.hub.create(stream(), &request(command)),
+            "create" => self.ask(stream(), Some(RequestUnion::CreateRequest(create(command)))),
+            "ask" => self.ask(stream(), None),
             "refuse" => self.hub.refuse(stream(), command.rest.split_once(' ').unwrap().1.to_owned()),
-            "cancel" => self.hub.cancel(stream(), command.option("id").unwrap()),
-            "progress" => self.hub.request_progress(stream()),
+            "cancel" => {
+                let watch_id = command.option("id").unwrap();
+                self.ask(stream(), Some(RequestUnion::CancelRequest(WatchCancelRequest { watch_id })));
+            }
+            "progress" => self.ask(stream(), Some(RequestUnion::ProgressRequest(WatchProgressRequest {}))),
             "tick" => self.hub.progress_tick(stream()),
             "take" => {
                 let max = command.words.get(1).map_or(usize::MAX, |max| max.parse().unwrap());
@@ -123,6 +129,10 @@ impl Story {
         self.slice = None;
     }
 
+    fn ask(&mut self, stream: StreamId, request_union: Option<RequestUnion>) {
+        self.hub.request(stream, &WatchRequest { request_union });
+    }
+
     fn apply(&mut self, text: &str) {
         for revision in text.split(';') {
             let changes: Vec<Change> = revision.split(',').map(change).collect();
@@ -152,7 +162,7 @@ impl Story {
     }
 }
 
-fn request(command: &Command) -> WatchCreateRequest {
+fn create(command: &Command) -> WatchCreateRequest {
     let bytes = |name: &str| Bytes::from(command.option::<String>(name).unwrap_or_default().replace("\\0", "\0"));
     let mut filters = Vec::new();
     filters.extend(command.has("noput").then_some(0));
