@@ -69,7 +69,7 @@ const SERVICES: [&str; 6] = [
 ];
 
 /// How much a gRPC message may exceed `max_request_bytes`, as in etcd: room for what surrounds the request.
-const GRPC_OVERHEAD_BYTES: usize = 512 * 1024;
+pub(crate) const GRPC_OVERHEAD_BYTES: usize = 512 * 1024;
 /// Flow control: a put of the largest size fits into a connection's window.
 const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
 const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
@@ -106,6 +106,7 @@ impl Context {
 pub struct Rpc {
     context: Arc<Context>,
     routes: Rc<Routes>,
+    watch: Rc<WatchService>,
 }
 
 impl Rpc {
@@ -124,7 +125,6 @@ impl Rpc {
         let context = Arc::new(Context { inbox, limits, metrics });
         let max = context.max_message_bytes();
         let routes = Routes::new(KvServer::new(kv::KvService(Arc::clone(&context))).max_decoding_message_size(max))
-            .add_service(watch)
             .add_service(LeaseServer::new(lease).max_decoding_message_size(max))
             .add_service(
                 ClusterServer::new(cluster::ClusterService(Arc::clone(&context))).max_decoding_message_size(max),
@@ -135,7 +135,7 @@ impl Rpc {
             )
             .add_service(HealthServer::new(health::HealthService))
             .prepare();
-        Rpc { context, routes: Rc::new(routes) }
+        Rpc { context, routes: Rc::new(routes), watch: Rc::new(watch) }
     }
 
     /// Serves a connection until the peer closes it, or, once `shutdown` is cancelled, until its requests are done. Must
@@ -183,9 +183,16 @@ impl Rpc {
     async fn route(&self, request: Request<Incoming>) -> Response<Body> {
         let path = request.uri().path().to_owned();
         let mut routes = Routes::clone(&self.routes);
-        let response = match routes.call(request.map(tonic::body::Body::new)).await {
-            Ok(response) => response,
-            Err(never) => match never {},
+        let response = if path == watch::PATH {
+            match self.watch.serve(request) {
+                Ok(response) => response,
+                Err(status) => return refused(&status),
+            }
+        } else {
+            match routes.call(request.map(tonic::body::Body::new)).await {
+                Ok(response) => response,
+                Err(never) => match never {},
+            }
         };
         if is_unheard_of(&response) {
             return refused(&Status::unimplemented(unheard_of(&path)));

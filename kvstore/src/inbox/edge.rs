@@ -10,6 +10,7 @@ use kvstore_core::Error;
 use kvstore_core::store::Outcome;
 use tokio::sync::{Notify, oneshot};
 
+use super::hub::Bell;
 use crate::driver::Input;
 use crate::mailbox::{Closed, Mailbox};
 
@@ -27,7 +28,7 @@ pub struct Edge {
 enum Finished {
     Outcome(oneshot::Sender<Result<Outcome, Error>>, Result<Outcome, Error>),
     Read(oneshot::Sender<Result<(), Error>>, Result<(), Error>),
-    Wake(Arc<Notify>),
+    Ring(Arc<Bell>),
 }
 
 impl Finished {
@@ -36,7 +37,7 @@ impl Finished {
         match self {
             Finished::Outcome(caller, outcome) => drop(caller.send(outcome)),
             Finished::Read(caller, result) => drop(caller.send(result)),
-            Finished::Wake(stream) => stream.notify_one(),
+            Finished::Ring(bell) => bell.wake(),
         }
     }
 }
@@ -83,13 +84,10 @@ impl Edge {
         Ok(())
     }
 
-    fn finish(&self, finished: Finished) {
-        if self.direct { finished.complete() } else { push(&self.finished, [finished], &self.filled) }
-    }
-
-    /// Wakes a stream that lives on this runtime.
-    pub(crate) fn wake(&self, stream: Arc<Notify>) {
-        self.finish(Finished::Wake(stream));
+    /// Rings for streams that live on this runtime.
+    pub(super) fn ring(&self, bells: Vec<Arc<Bell>>) {
+        let rings = bells.into_iter().map(Finished::Ring);
+        if self.direct { rings.for_each(Finished::complete) } else { push(&self.finished, rings, &self.filled) }
     }
 }
 

@@ -6,23 +6,25 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::task::Waker;
 
+use futures_util::task::AtomicWaker;
 use kvstore_core::watch::{StreamId, WatchHub};
-use tokio::sync::Notify;
 
 use super::edge::Edge;
+
+/// Wakes the task of one stream, on the runtime where it lives.
+pub(super) type Bell = AtomicWaker;
 
 /// The hub, shared.
 pub struct Hub {
     hub: Mutex<WatchHub>,
-    bells: Mutex<HashMap<StreamId, Bell>>,
+    bells: Mutex<HashMap<StreamId, Hung>>,
     behind: Behind,
 }
 
-struct Bell {
-    stream: Arc<Notify>,
-    edge: Arc<Edge>,
-}
+/// A bell, and the runtime where it hangs.
+type Hung = (Arc<Bell>, Arc<Edge>);
 
 /// Tells the pump that some watcher is behind.
 #[derive(Default)]
@@ -42,14 +44,20 @@ impl Hub {
         f(&mut self.hub.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Rings the bells of these streams.
+    /// Rings the bells of these streams; each of their runtimes is woken once.
     pub fn wake(&self, streams: &[StreamId]) {
-        if streams.is_empty() {
-            return;
+        let mut rung: Vec<(Arc<Edge>, Vec<Arc<Bell>>)> = Vec::new();
+        if !streams.is_empty() {
+            let bells = self.bells.lock().unwrap_or_else(PoisonError::into_inner);
+            for (bell, edge) in streams.iter().filter_map(|stream| bells.get(stream)) {
+                match rung.iter_mut().find(|(of, _)| Arc::ptr_eq(of, edge)) {
+                    Some((_, bells)) => bells.push(Arc::clone(bell)),
+                    None => rung.push((Arc::clone(edge), vec![Arc::clone(bell)])),
+                }
+            }
         }
-        let bells = self.bells.lock().unwrap_or_else(PoisonError::into_inner);
-        for bell in streams.iter().filter_map(|stream| bells.get(stream)) {
-            bell.edge.wake(Arc::clone(&bell.stream));
+        for (edge, bells) in rung {
+            edge.ring(bells);
         }
     }
 
@@ -74,12 +82,12 @@ impl Hub {
         self.nudge();
     }
 
-    fn open(&self, edge: &Arc<Edge>) -> (StreamId, Arc<Notify>) {
+    fn open(&self, edge: &Arc<Edge>) -> (StreamId, Arc<Bell>) {
         let id = self.with(WatchHub::open);
-        let stream = Arc::new(Notify::new());
-        let bell = Bell { stream: Arc::clone(&stream), edge: Arc::clone(edge) };
-        self.bells.lock().unwrap_or_else(PoisonError::into_inner).insert(id, bell);
-        (id, stream)
+        let bell = Arc::new(Bell::new());
+        let held = (Arc::clone(&bell), Arc::clone(edge));
+        self.bells.lock().unwrap_or_else(PoisonError::into_inner).insert(id, held);
+        (id, bell)
     }
 
     fn close(&self, id: StreamId) {
@@ -92,7 +100,7 @@ impl Hub {
 pub struct WatchStream {
     shared: Arc<super::Shared>,
     id: StreamId,
-    bell: Arc<Notify>,
+    bell: Arc<Bell>,
 }
 
 impl WatchStream {
@@ -111,10 +119,10 @@ impl WatchStream {
         &self.shared.hub
     }
 
-    /// Returns once there may be something to take. A ring that came before the call is not lost; one that has nothing
-    /// behind it is possible.
-    pub async fn wait(&self) {
-        self.bell.notified().await;
+    /// From now on `waker` is woken, once, when there is something to take. What came before has to be looked for
+    /// afterwards; a waking that has nothing behind it is possible.
+    pub fn listen(&self, waker: &Waker) {
+        self.bell.register(waker);
     }
 }
 

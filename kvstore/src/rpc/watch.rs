@@ -1,24 +1,28 @@
 //! The Watch service: one bidirectional stream, many watches.
 //!
-//! A stream is one loop: it takes frames from its session in the hub and frames them into `WatchResponse`s, and in between reads
-//! the client's requests, the progress timer, the leader monitor and the shutdown. It sleeps only when the session is empty.
-//! Events go out as the hub encoded them; only the header is written for each response.
+//! A stream is a response body ([`WatchBody`]) that reads its request's body. Each time that HTTP/2 has room it is polled:
+//! it reads what the client asks, looks at the progress timer and at what may end it, takes frames from its session in the
+//! hub and writes them into one chunk. Events go out as the hub encoded them; only the header is written for each response,
+//! and a large event is not even copied. While there is nothing to say a stream owns no buffer: ten thousand of them are
+//! idle most of the time.
 //!
-//! A client that does not read is bounded twice: HTTP/2 stops polling this loop, and the hub keeps the rest as cursors. A client
+//! A client that does not read is bounded twice: HTTP/2 stops polling the body, and the hub keeps the rest as cursors. A client
 //! that closes its side goes on receiving; one that cancels is gone, and its watches with it.
+//!
+//! It is served beside tonic's routes, because those keep two buffers a stream, and the last large message in one of them.
 //!
 //! What it does not do: it knows no event and no cursor ([`kvstore_core::watch`] does), and checks no permission (a later room:
 //! `WatchHub::refuse` has the answer).
 
 use std::collections::VecDeque;
-use std::convert::Infallible;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::{BufMut, Bytes};
-use futures_util::{FutureExt, Stream, stream};
-use http_body::Body as HttpBody;
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use http::{HeaderMap, Request, Response};
+use http_body::{Body as HttpBody, Frame as BodyFrame};
+use hyper::body::Incoming;
 use keelson_proto::etcdserverpb::watch_request::RequestUnion;
 use keelson_proto::etcdserverpb::{ResponseHeader, WatchRequest, WatchResponse};
 use kvstore_core::Error;
@@ -27,21 +31,27 @@ use prost::Message;
 use prost::encoding::{encode_varint, encoded_len_varint};
 use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
-use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
-use tonic::codegen::{BoxFuture, StdError};
-use tonic::server::{Grpc, NamedService, StreamingService};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::Status;
+use tonic::body::Body;
+use tonic::metadata::MetadataMap;
 
-use super::leader::{LeaderGuard, LeaderMonitor};
+use super::encoded::PREFIX;
+use super::leader::LeaderMonitor;
 use crate::Inbox;
 use crate::inbox::WatchStream;
 use crate::rpc::{header, status};
 
-/// Frames taken from the session under one lock.
-const TAKE: usize = 32;
+/// Where it is served.
+pub(super) const PATH: &str = "/etcdserverpb.Watch/Watch";
 
-/// Requests taken in a row while there are frames to send.
+/// Frames taken from the session under one lock.
+const TAKE: usize = 256;
+
+/// Requests taken in a row while there may be frames to send.
 const REQUESTS: usize = 16;
+
+/// Events from this size on are sent from where they are, without a copy.
+const LARGE_EVENT: usize = 16 * 1024;
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct WatchConfig {
@@ -51,190 +61,160 @@ pub(super) struct WatchConfig {
     pub(super) max_request_bytes: usize,
 }
 
-/// The service, for a router: `etcdserverpb.Watch`.
+/// Opens streams: `etcdserverpb.Watch`.
 #[derive(Clone)]
 pub(super) struct WatchService {
     inbox: Inbox,
     monitor: LeaderMonitor,
     config: WatchConfig,
-    /// Ends every stream; tonic would wait for them for ever.
+    /// Ends every stream; hyper would wait for them for ever.
     shutdown: CancellationToken,
 }
 
 impl WatchService {
+    pub(super) const NAME: &'static str = "etcdserverpb.Watch";
+
     pub(super) fn new(inbox: Inbox, monitor: LeaderMonitor, config: WatchConfig, shutdown: CancellationToken) -> Self {
         WatchService { inbox, monitor, config, shutdown }
     }
 
-    fn open(&self, request: Request<Streaming<WatchRequest>>) -> Result<WatchLoop, Error> {
-        let leader = self.monitor.admit(&self.inbox, request.metadata())?;
-        let watch = self.inbox.watch();
-        Ok(WatchLoop {
-            inbox: self.inbox.clone(),
-            progress: progress_timer(self.config.progress_notify_interval, watch.id().0),
-            watch,
-            leader,
-            shutdown: self.shutdown.clone(),
-            requests: Some(request.into_inner()),
-            frames: VecDeque::new(),
-        })
-    }
-}
-
-impl NamedService for WatchService {
-    const NAME: &'static str = "etcdserverpb.Watch";
-}
-
-impl<B> tower_service::Service<http::Request<B>> for WatchService
-where
-    B: HttpBody + Send + 'static,
-    B::Error: Into<StdError> + Send + 'static,
-{
-    type Response = http::Response<tonic::body::Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<Self::Response, Infallible>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<B>) -> Self::Future {
-        let method = WatchMethod(self.clone());
-        Box::pin(async move {
-            if request.uri().path() != "/etcdserverpb.Watch/Watch" {
-                // Without a text, as a generated service answers: the router knows what to say, and counts no such path.
-                return Ok(Status::unimplemented("").into_http());
+    /// Opens a stream, or says why not.
+    pub(super) fn serve(&self, request: Request<Incoming>) -> Result<Response<Body>, Status> {
+        let (head, body) = request.into_parts();
+        let metadata = MetadataMap::from_headers(head.headers);
+        let mut leader = self.monitor.admit(&self.inbox, &metadata).map_err(|e| status(&e))?;
+        let shutdown = self.shutdown.clone();
+        let ending = async move {
+            tokio::select! {
+                () = leader.lost() => Error::NoLeader,
+                () = shutdown.cancelled() => Error::Stopped,
             }
-            let limit = method.0.config.max_request_bytes;
-            let mut grpc = Grpc::new(WatchCodec).apply_max_message_size_config(Some(limit), None);
-            Ok(grpc.streaming(method, request).await)
-        })
-    }
-}
-
-struct WatchMethod(WatchService);
-
-type Responses = Pin<Box<dyn Stream<Item = Result<Framed, Status>> + Send>>;
-
-impl StreamingService<WatchRequest> for WatchMethod {
-    type Response = Framed;
-    type ResponseStream = Responses;
-    type Future = BoxFuture<Response<Responses>, Status>;
-
-    fn call(&mut self, request: Request<Streaming<WatchRequest>>) -> Self::Future {
-        let opened = self.0.open(request).map_err(|error| status(&error));
-        Box::pin(async move {
-            let responses = stream::unfold(Some(opened?), |open| async move {
-                let mut open = open?;
-                match open.next().await {
-                    Ok(response) => Some((Ok(response), Some(open))),
-                    Err(last) => Some((Err(last), None)),
-                }
-            });
-            Ok(Response::new(Box::pin(responses) as Responses))
-        })
+        };
+        let body = WatchBody {
+            inbox: self.inbox.clone(),
+            config: self.config,
+            watch: self.inbox.watch(),
+            ending: Box::pin(ending),
+            progress: None,
+            requests: Some(Requests { body, buffer: BytesMut::new(), max: self.config.max_request_bytes }),
+            held: None,
+            chunks: VecDeque::new(),
+            state: State::Open,
+        };
+        let mut response = Response::new(Body::new(body));
+        let grpc = http::HeaderValue::from_static("application/grpc");
+        response.headers_mut().insert(http::header::CONTENT_TYPE, grpc);
+        Ok(response)
     }
 }
 
 /// One open stream.
-struct WatchLoop {
+struct WatchBody {
     inbox: Inbox,
+    config: WatchConfig,
     watch: WatchStream,
-    leader: LeaderGuard,
-    progress: Interval,
-    shutdown: CancellationToken,
+    /// Why the server ends the stream, once it has to.
+    ending: Pin<Box<dyn Future<Output = Error> + Send>>,
+    /// Runs from the first watch that wants to be told.
+    progress: Option<Interval>,
     /// `None`: the client has closed its side, and still listens.
-    requests: Option<Streaming<WatchRequest>>,
-    /// Taken from the session, not yet sent.
-    frames: VecDeque<Frame>,
+    requests: Option<Requests>,
+    /// A request that waits until there is room for its answer.
+    held: Option<WatchRequest>,
+    /// Encoded, and not yet handed on.
+    chunks: VecDeque<Bytes>,
+    state: State,
 }
 
-enum Waking {
-    Bell,
-    Request(Result<Option<WatchRequest>, Status>),
-    Progress,
-    NoLeader,
-    Stopped,
+enum State {
+    Open,
+    /// What is left to say is how it ended.
+    Ending(Status),
+    Ended,
 }
 
-impl WatchLoop {
-    /// The next response, or how the stream ends.
-    async fn next(&mut self) -> Result<Framed, Status> {
-        loop {
-            if let Some(frame) = self.frames.pop_front() {
-                let header = header(&self.inbox, frame.revision);
-                return Ok(Framed::new(header, frame));
+impl HttpBody for WatchBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<BodyFrame<Bytes>, Status>>> {
+        if self.chunks.is_empty()
+            && matches!(self.state, State::Open)
+            && let Err(last) = self.fill(cx)
+        {
+            self.state = State::Ending(last);
+        }
+        if let Some(chunk) = self.chunks.pop_front() {
+            return Poll::Ready(Some(Ok(BodyFrame::data(chunk))));
+        }
+        match std::mem::replace(&mut self.state, State::Ended) {
+            State::Open => {
+                self.state = State::Open;
+                self.chunks = VecDeque::new();
+                Poll::Pending
             }
-            self.read_ready_requests()?;
-            self.take();
-            if !self.frames.is_empty() {
-                continue;
-            }
-            let waking = tokio::select! {
-                () = self.watch.wait() => Waking::Bell,
-                request = next_request(&mut self.requests) => Waking::Request(request),
-                _ = self.progress.tick() => Waking::Progress,
-                () = self.leader.lost() => Waking::NoLeader,
-                () = self.shutdown.cancelled() => Waking::Stopped,
-            };
-            match waking {
-                Waking::Bell => {}
-                Waking::Request(request) => self.request(request)?,
-                Waking::Progress => self.with_hub(|hub, stream| hub.progress_tick(stream)),
-                Waking::NoLeader => return Err(status(&Error::NoLeader)),
-                Waking::Stopped => return Err(status(&Error::Stopped)),
-            }
+            State::Ending(last) => Poll::Ready(Some(Ok(BodyFrame::trailers(trailers(&last))))),
+            State::Ended => Poll::Ready(None),
         }
     }
+}
 
-    /// Under a flood of events, too, requests (and what else ends a stream) are looked at before each batch of frames.
-    fn read_ready_requests(&mut self) -> Result<(), Status> {
-        for _ in 0..REQUESTS {
-            if !self.watch.hub().with(|hub| hub.has_room(self.watch.id())) {
-                break;
-            }
-            match next_request(&mut self.requests).now_or_never() {
-                Some(request) => self.request(request)?,
-                None => break,
-            }
+impl WatchBody {
+    /// Gathers what there is to send. If that is nothing, the task will be woken when there is; an `Err` ends the stream.
+    fn fill(&mut self, cx: &mut Context<'_>) -> Result<(), Status> {
+        // Before looking: who rings from here on wakes us.
+        self.watch.listen(cx.waker());
+        if let Poll::Ready(error) = self.ending.as_mut().poll(cx) {
+            return Err(status(&error));
         }
-        if self.progress.tick().now_or_never().is_some() {
+        while self.progress.as_mut().is_some_and(|timer| timer.poll_tick(cx).is_ready()) {
             self.with_hub(|hub, stream| hub.progress_tick(stream));
         }
-        if self.leader.lost().now_or_never().is_some() {
-            return Err(status(&Error::NoLeader));
-        }
-        if self.shutdown.is_cancelled() {
-            return Err(status(&Error::Stopped));
-        }
-        Ok(())
-    }
-
-    fn request(&mut self, request: Result<Option<WatchRequest>, Status>) -> Result<(), Status> {
-        let union = match request {
-            Ok(Some(request)) => request.request_union,
-            Ok(None) => {
-                self.requests = None;
-                return Ok(());
-            }
-            Err(ended) if ended.code() == tonic::Code::Cancelled => return Err(status(&Error::WatchCanceled)),
-            Err(ended) => return Err(ended),
-        };
-        match union {
-            Some(RequestUnion::CreateRequest(create)) => self.with_hub(|hub, stream| hub.create(stream, &create)),
-            Some(RequestUnion::CancelRequest(cancel)) => {
-                self.with_hub(|hub, stream| hub.cancel(stream, cancel.watch_id))
-            }
-            Some(RequestUnion::ProgressRequest(_)) => self.with_hub(|hub, stream| hub.request_progress(stream)),
-            // A request this server does not know is no reason to end the other watches.
-            None => {}
-        }
-        Ok(())
-    }
-
-    fn take(&mut self) {
+        let asked_much = self.read_requests(cx)?;
         let frames = self.with_hub(|hub, stream| hub.take(stream, TAKE));
-        self.frames.extend(frames);
+        if !frames.is_empty() {
+            self.encode(frames);
+        } else if asked_much {
+            // Requests without an answer: others' streams have their turn before the next ones.
+            cx.waker().wake_by_ref();
+        }
+        Ok(())
+    }
+
+    /// Does what the client asks, for as long as there is room for the answers. True if there may be more to read.
+    fn read_requests(&mut self, cx: &mut Context<'_>) -> Result<bool, Status> {
+        for _ in 0..REQUESTS {
+            let request = match self.held.take() {
+                Some(request) => request,
+                None => match self.requests.as_mut().map_or(Poll::Pending, |requests| requests.poll_next(cx)) {
+                    Poll::Pending => return Ok(false),
+                    Poll::Ready(Some(request)) => request?,
+                    Poll::Ready(None) => {
+                        self.requests = None;
+                        return Ok(false);
+                    }
+                },
+            };
+            let room = self.with_hub(|hub, stream| {
+                let room = hub.has_room(stream);
+                if room {
+                    hub.request(stream, &request);
+                }
+                room
+            });
+            if !room {
+                self.held = Some(request);
+                // A full session has frames to take; when they are gone the body is polled again.
+                return Ok(false);
+            }
+            if matches!(&request.request_union, Some(RequestUnion::CreateRequest(create)) if create.progress_notify) {
+                let (interval, stream) = (self.config.progress_notify_interval, self.watch.id().0);
+                let timer = self.progress.get_or_insert_with(|| progress_timer(interval, stream));
+                // Registers the timer; its first tick is an interval away.
+                let _ = timer.poll_tick(cx);
+            }
+        }
+        Ok(true)
     }
 
     /// Works on the hub, and calls the pump if that left somebody behind.
@@ -246,14 +226,89 @@ impl WatchLoop {
         }
         done
     }
+
+    fn encode(&mut self, frames: Vec<Frame>) {
+        let head = header(&self.inbox, 0);
+        let framed: Vec<Framed> = frames
+            .into_iter()
+            .map(|frame| Framed::new(ResponseHeader { revision: frame.revision, ..head }, frame))
+            .collect();
+        let copied = framed.iter().map(Framed::copied_len).sum();
+        let mut buffer = BytesMut::with_capacity(copied);
+        for response in &framed {
+            response.encode(&mut buffer, &mut self.chunks);
+        }
+        if !buffer.is_empty() {
+            self.chunks.push_back(buffer.freeze());
+        }
+    }
 }
 
-/// The client's next request; never, once it has closed its side.
-async fn next_request(requests: &mut Option<Streaming<WatchRequest>>) -> Result<Option<WatchRequest>, Status> {
-    match requests {
-        Some(requests) => requests.message().await,
-        None => std::future::pending().await,
+/// What the client says.
+struct Requests {
+    body: Incoming,
+    /// Read and not yet decoded; nothing is kept once it is empty.
+    buffer: BytesMut,
+    max: usize,
+}
+
+impl Requests {
+    /// The next request; `None`: there are no more.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<WatchRequest, Status>>> {
+        loop {
+            match message(&mut self.buffer, self.max) {
+                Ok(Some(message)) => return Poll::Ready(Some(decode(message))),
+                Ok(None) => {}
+                Err(refusal) => return Poll::Ready(Some(Err(refusal))),
+            }
+            match Pin::new(&mut self.body).poll_frame(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Some(Ok(frame))) => {
+                    if let Ok(data) = frame.into_data() {
+                        self.buffer.extend_from_slice(&data);
+                    }
+                }
+                // The stream was reset, or its connection is gone.
+                Poll::Ready(Some(Err(_))) => return Poll::Ready(Some(Err(status(&Error::WatchCanceled)))),
+                Poll::Ready(None) if self.buffer.is_empty() => return Poll::Ready(None),
+                Poll::Ready(None) => return Poll::Ready(Some(Err(Status::internal("unexpected EOF")))),
+            }
+        }
     }
+}
+
+/// Takes the next message off `buffer`, if all of it is there.
+fn message(buffer: &mut BytesMut, max: usize) -> Result<Option<Bytes>, Status> {
+    let Some([flag, len @ ..]) = buffer.first_chunk::<PREFIX>() else { return Ok(None) };
+    let len = u32::from_be_bytes(*len) as usize;
+    if len > max {
+        return Err(Status::resource_exhausted(format!("grpc: received message larger than max ({len} vs. {max})")));
+    }
+    if *flag != 0 {
+        return Err(Status::internal("grpc: compressed flag set with identity or empty encoding"));
+    }
+    if buffer.len() < PREFIX + len {
+        return Ok(None);
+    }
+    buffer.advance(PREFIX);
+    let message = buffer.split_to(len).freeze();
+    if buffer.is_empty() {
+        *buffer = BytesMut::new();
+    }
+    Ok(Some(message))
+}
+
+fn decode(message: Bytes) -> Result<WatchRequest, Status> {
+    let malformed = "grpc: failed to unmarshal the received message: proto: cannot parse invalid wire-format data";
+    WatchRequest::decode(message).map_err(|_| Status::internal(malformed))
+}
+
+fn trailers(status: &Status) -> HeaderMap {
+    let mut trailers = HeaderMap::new();
+    if status.add_header(&mut trailers).is_err() {
+        tracing::error!(%status, "a status can't be sent");
+    }
+    trailers
 }
 
 /// Fires each interval, a little later for some streams than for others.
@@ -267,7 +322,7 @@ fn progress_timer(interval: Duration, stream: u64) -> Interval {
 }
 
 /// A response of which only the head has still to be encoded.
-pub(super) struct Framed {
+struct Framed {
     head: WatchResponse,
     events: Vec<Bytes>,
 }
@@ -290,12 +345,22 @@ impl Framed {
         Framed { head, events: frame.events }
     }
 
-    fn encode(&self, out: &mut impl BufMut) {
-        self.head.encode(out).expect("the buffer grows");
+    /// Writes the message with its prefix: what is small into `buffer`, and what is large, after what `buffer` held by then,
+    /// into `chunks`.
+    fn encode(&self, buffer: &mut BytesMut, chunks: &mut VecDeque<Bytes>) {
+        let len = u32::try_from(self.encoded_len()).expect("a response is below 4 GiB: the hub's frames are bounded");
+        buffer.put_u8(0);
+        buffer.put_u32(len);
+        self.head.encode_raw(buffer);
         for event in &self.events {
-            out.put_u8(EVENTS);
-            encode_varint(event.len() as u64, out);
-            out.put_slice(event);
+            buffer.put_u8(EVENTS);
+            encode_varint(event.len() as u64, buffer);
+            if event.len() < LARGE_EVENT {
+                buffer.put_slice(event);
+            } else {
+                chunks.push_back(buffer.split().freeze());
+                chunks.push_back(event.clone());
+            }
         }
     }
 
@@ -303,47 +368,17 @@ impl Framed {
         let field = |event: &Bytes| 1 + encoded_len_varint(event.len() as u64) + event.len();
         self.head.encoded_len() + self.events.iter().map(field).sum::<usize>()
     }
-}
 
-struct WatchCodec;
-
-impl Codec for WatchCodec {
-    type Encode = Framed;
-    type Decode = WatchRequest;
-    type Encoder = WatchCodec;
-    type Decoder = WatchCodec;
-
-    fn encoder(&mut self) -> WatchCodec {
-        WatchCodec
-    }
-
-    fn decoder(&mut self) -> WatchCodec {
-        WatchCodec
-    }
-}
-
-impl Encoder for WatchCodec {
-    type Item = Framed;
-    type Error = Status;
-
-    fn encode(&mut self, response: Framed, out: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        out.reserve(response.encoded_len());
-        response.encode(out);
-        Ok(())
-    }
-}
-
-impl Decoder for WatchCodec {
-    type Item = WatchRequest;
-    type Error = Status;
-
-    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<WatchRequest>, Status> {
-        WatchRequest::decode(buffer).map(Some).map_err(|error| Status::internal(error.to_string()))
+    /// The bytes that [`encode`](Framed::encode) writes into its buffer.
+    fn copied_len(&self) -> usize {
+        let large = self.events.iter().map(Bytes::len).filter(|len| *len >= LARGE_EVENT).sum::<usize>();
+        PREFIX + self.encoded_len() - large
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use keelson_proto::etcdserverpb::{WatchCancelRequest, WatchProgressRequest};
     use keelson_proto::mvccpb::{Event, KeyValue};
 
     use super::*;
@@ -354,7 +389,7 @@ mod tests {
             kv: Some(KeyValue { key: Bytes::from(key), value: vec![b'v'; value].into(), ..KeyValue::default() }),
             ..Event::default()
         };
-        let events = vec![event("a", 1), event("b", 300), event("c", 70_000)];
+        let events = vec![event("a", 1), event("b", 300), event("c", 70_000), event("d", 5), event("e", 20_000)];
         let header = ResponseHeader { cluster_id: 1, member_id: u64::MAX, revision: 7, raft_term: 3 };
         let frame = Frame {
             watch_id: -1,
@@ -367,9 +402,14 @@ mod tests {
             ..Frame::default()
         };
         let framed = Framed::new(header, frame);
-        let mut out = Vec::new();
-        framed.encode(&mut out);
-        assert_eq!(out.len(), framed.encoded_len());
+        let (mut buffer, mut chunks) = (BytesMut::with_capacity(framed.copied_len()), VecDeque::new());
+        let room = buffer.capacity();
+        framed.encode(&mut buffer, &mut chunks);
+        chunks.push_back(buffer.freeze());
+        let copied = chunks.iter().map(Bytes::len).filter(|len| *len < LARGE_EVENT).sum::<usize>();
+        assert_eq!((room, chunks.len()), (copied, 5), "the buffer is as large as it has to be");
+        let out: Vec<u8> = chunks.iter().flatten().copied().collect();
+        assert_eq!(out[..PREFIX], [&[0], &((out.len() - PREFIX) as u32).to_be_bytes()[..]].concat());
         let expected = WatchResponse {
             header: Some(header),
             watch_id: -1,
@@ -380,8 +420,44 @@ mod tests {
             fragment: true,
             events,
         };
-        assert_eq!(WatchResponse::decode(&out[..]).unwrap(), expected);
-        assert_eq!(out, expected.encode_to_vec());
+        assert_eq!(out[PREFIX..], expected.encode_to_vec());
+    }
+
+    fn framed(request: &WatchRequest) -> Vec<u8> {
+        let bytes = request.encode_to_vec();
+        [&[0], &(bytes.len() as u32).to_be_bytes()[..], &bytes].concat()
+    }
+
+    #[test]
+    fn requests_are_read_however_they_are_cut() {
+        let unions = [
+            Some(RequestUnion::CancelRequest(WatchCancelRequest { watch_id: 7 })),
+            None,
+            Some(RequestUnion::ProgressRequest(WatchProgressRequest {})),
+        ];
+        let requests = unions.map(|request_union| WatchRequest { request_union });
+        let bytes: Vec<u8> = requests.iter().flat_map(framed).collect();
+        for piece in 1..=bytes.len() {
+            let (mut buffer, mut read) = (BytesMut::new(), Vec::new());
+            for part in bytes.chunks(piece) {
+                buffer.extend_from_slice(part);
+                while let Some(whole) = message(&mut buffer, 100).unwrap() {
+                    read.push(decode(whole).unwrap());
+                }
+            }
+            assert_eq!(read, requests, "in pieces of {piece}");
+            assert_eq!(buffer.capacity(), 0, "nothing is kept");
+        }
+    }
+
+    #[test]
+    fn requests_are_refused_in_grpcs_words() {
+        let refusal = |bytes: &[u8]| message(&mut BytesMut::from(bytes), 10).unwrap_err();
+        let large = refusal(&[0, 0, 0, 0, 11]);
+        assert_eq!(large.code(), tonic::Code::ResourceExhausted);
+        assert_eq!(large.message(), "grpc: received message larger than max (11 vs. 10)");
+        assert!(refusal(&[1, 0, 0, 0, 3]).message().contains("compressed flag set"));
+        assert!(decode(Bytes::from_static(b"\xff")).unwrap_err().message().contains("failed to unmarshal"));
     }
 
     #[tokio::test(start_paused = true)]

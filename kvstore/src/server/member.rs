@@ -25,6 +25,7 @@ use crate::inbox::{Edge, Hub, Identity, Inbox, InboxLimits, PublishedCell, RaftC
 use crate::logger;
 use crate::mailbox::{Mailbox, mailbox};
 use crate::peer::{self, Ids, PeerService, Peers};
+use crate::rpc::GRPC_OVERHEAD_BYTES;
 
 /// A proposal may wait so long, and two election timeouts more (etcd).
 const REQUEST_TIMEOUT_MS: u64 = 5_000;
@@ -175,7 +176,8 @@ fn recover(config: &Config, owner: &Owner, log: &Log, state: &Rocks) -> Result<R
 /// What the threads and the edge share.
 fn shared(config: &Config, owner: &Owner, store: &Store, view: &View, driver: Mailbox<Input>) -> Arc<Shared> {
     let facts = store.facts();
-    let watch_limits = WatchLimits { fragment_bytes: config.max_request_bytes, ..WatchLimits::default() };
+    let fragment_bytes = config.max_request_bytes + GRPC_OVERHEAD_BYTES;
+    let watch_limits = WatchLimits { fragment_bytes, ..WatchLimits::default() };
     let urls = |urls: &[Url]| urls.iter().map(Url::to_string).collect();
     let shared = Shared {
         identity: Identity {
