@@ -9,6 +9,7 @@
 #![allow(clippy::unwrap_used, reason = "a test's panic is its report")]
 
 pub mod cluster;
+pub mod crowd;
 pub mod ctl;
 pub mod folder;
 pub mod http;

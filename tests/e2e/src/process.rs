@@ -27,6 +27,13 @@ struct Lines {
 }
 
 impl Process {
+    /// Bytes of it that are in memory.
+    pub fn resident(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).expect("the process runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a line that Linux writes");
+        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+    }
+
     /// Starts `command`, both its outputs in one log.
     pub fn start(name: &str, command: &mut Command) -> Process {
         let (reader, writer) = std::io::pipe().expect("a pipe");

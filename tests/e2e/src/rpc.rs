@@ -37,7 +37,16 @@ impl Rpc {
     pub fn to(url: &str, timeout: Duration) -> Rpc {
         let endpoint = Endpoint::from_shared(url.to_owned()).expect("a URL of ours");
         // Long enough for streams too: the limit is each call's own.
-        let channel = endpoint.connect_timeout(Duration::from_secs(2)).timeout(timeout).connect_lazy();
+        Rpc::over(endpoint.connect_timeout(Duration::from_secs(2)).timeout(timeout).connect_lazy())
+    }
+
+    /// A client of `member` over a connection of its own, which takes 64 KiB a stream before somebody has to read.
+    pub fn narrow(member: &Member) -> Rpc {
+        let endpoint = Endpoint::from_shared(member.client_url()).expect("a URL of ours");
+        Rpc::over(endpoint.initial_stream_window_size(0xffff).initial_connection_window_size(0xffff).connect_lazy())
+    }
+
+    fn over(channel: Channel) -> Rpc {
         Rpc {
             kv: KvClient::new(channel.clone()).max_decoding_message_size(usize::MAX),
             watch: WatchClient::new(channel.clone()).max_decoding_message_size(usize::MAX),

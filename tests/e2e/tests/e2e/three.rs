@@ -29,7 +29,7 @@ async fn local(rpc: &mut Rpc, key: &str) -> Result<Option<String>, Status> {
 }
 
 /// The index of the member that leads, once one says so of itself.
-fn leader(cluster: &Cluster) -> usize {
+pub(crate) fn leader(cluster: &Cluster) -> usize {
     eventually("a member leads", PATIENCE, || {
         rpc::run(async {
             for (index, member) in cluster.members.iter().enumerate().filter(|(_, member)| member.runs()) {
@@ -44,7 +44,7 @@ fn leader(cluster: &Cluster) -> usize {
 }
 
 /// The two that are not `index`.
-fn others(index: usize) -> [usize; 2] {
+pub(crate) fn others(index: usize) -> [usize; 2] {
     [(index + 1) % 3, (index + 2) % 3]
 }
 

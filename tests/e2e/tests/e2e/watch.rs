@@ -1,5 +1,11 @@
 //! Watches: what is delivered, when, in which order, and how a watch ends.
 
+mod cluster;
+mod edges;
+mod many;
+mod slow;
+mod stream;
+
 use std::time::Duration;
 
 use e2e::rpc::{self, Rpc, prefix_end};
