@@ -5,21 +5,27 @@
 //! one hot key) and etcd's own `benchmark` (random keys). A row counts only if the work was done: puts have to raise the
 //! revision by exactly their number, gets have to bring the value.
 //!
-//! What it does not do: clusters, watches, large ranges. They come with the suites that need them.
+//! `bench watch` is another table ([`watch`]): crowds of watchers.
+//!
+//! What it does not do: clusters, large ranges. They come with the suites that need them.
 
 #![allow(clippy::print_stdout, reason = "a table is what this program is for")]
 
 mod measure;
 mod table;
+mod watch;
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use e2e::Kind;
 use measure::{Load, Sample};
 
 /// Measures ours beside etcd and prints one table.
 #[derive(Debug, Parser)]
+#[command(args_conflicts_with_subcommands = true)]
 struct Options {
+    #[command(subcommand)]
+    table: Option<Table>,
     /// Rounds a row, each on a fresh server of either kind.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
@@ -40,8 +46,17 @@ struct Options {
     at_least: f64,
 }
 
+/// The other tables.
+#[derive(Debug, Subcommand)]
+enum Table {
+    Watch(watch::Options),
+}
+
 fn main() -> Result<()> {
     let options = Options::parse();
+    if let Some(Table::Watch(watch)) = &options.table {
+        return watch::run(watch);
+    }
     ensure!(options.rounds > 0 && options.requests > 0, "a measurement needs rounds and requests");
     println!("{}", table::setting(&options.describe()));
     let mut worst = f64::INFINITY;

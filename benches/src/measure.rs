@@ -16,7 +16,7 @@ use keelson_proto::etcdserverpb::{PutRequest, RangeRequest};
 use prost::Message;
 
 /// The server's core and the generator's.
-const SERVER_CORE: usize = 0;
+pub(crate) const SERVER_CORE: usize = 0;
 const GENERATOR_CORE: &str = "1";
 
 /// The one key of h2load's rows.
@@ -259,8 +259,21 @@ fn random(count: usize) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Keeps this process on the generator's core; threads that it starts from here on stay there, too.
+pub(crate) fn pin_generator() -> Result<()> {
+    let process = std::process::id().to_string();
+    let status = Command::new("taskset").args(["-cp", GENERATOR_CORE, &process]).output()?.status;
+    ensure!(status.success(), "taskset can't pin the generator");
+    Ok(())
+}
+
+/// User and system time of this process so far.
+pub(crate) fn own() -> Result<Duration> {
+    times("/proc/self/stat", 11)
+}
+
 /// User and system time of a process so far.
-fn cpu(process: u32) -> Result<Duration> {
+pub(crate) fn cpu(process: u32) -> Result<Duration> {
     times(&format!("/proc/{process}/stat"), 11)
 }
 
