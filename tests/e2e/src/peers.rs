@@ -17,6 +17,7 @@ pub enum Program {
     Etcdctl34,
     Benchmark,
     KubeApiserver,
+    KubeControllerManager,
     KubeProxy,
     Kubectl,
     H2load,
@@ -39,6 +40,9 @@ impl Program {
             Program::Etcdctl34 => ("ETCDCTL34_BIN", None, "etcdctl"),
             Program::Benchmark => ("BENCHMARK_BIN", Some(BENCHMARK), "benchmark"),
             Program::KubeApiserver => ("KUBE_APISERVER_BIN", Some(KUBERNETES), "kube-apiserver"),
+            Program::KubeControllerManager => {
+                ("KUBE_CONTROLLER_MANAGER_BIN", Some(KUBERNETES), "kube-controller-manager")
+            }
             Program::KubeProxy => ("KUBE_PROXY_BIN", Some(KUBERNETES), "kube-proxy"),
             Program::Kubectl => ("KUBECTL_BIN", Some(KUBERNETES), "kubectl"),
             Program::H2load => ("H2LOAD_BIN", None, "h2load"),
