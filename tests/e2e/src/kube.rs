@@ -1,10 +1,13 @@
-//! A real kube-apiserver on a store, and kubectl to talk to it.
+//! A real kube-apiserver on a store, a kube-controller-manager beside it, and kubectl and a client of our own to talk to it.
+
+pub mod client;
 
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use self::client::Client;
 use crate::ctl::Answer;
 use crate::peers::{self, Program};
 use crate::{Folder, PATIENCE, Process, eventually, ports};
@@ -20,12 +23,17 @@ pub struct Apiserver {
     pub ready_after: Duration,
     kubectl: PathBuf,
     process: Process,
-    _folder: Folder,
+    folder: Folder,
 }
 
 impl Apiserver {
     /// Starts one on the store at `endpoints`; `None` after a loud skip because a program is missing.
     pub fn start(endpoints: &str) -> Option<Apiserver> {
+        Apiserver::start_with(endpoints, &[])
+    }
+
+    /// The same with more flags.
+    pub fn start_with(endpoints: &str, extra: &[&str]) -> Option<Apiserver> {
         let (program, kubectl) = (peers::need(Program::KubeApiserver)?, peers::need(Program::Kubectl)?);
         let folder = Folder::new("apiserver");
         let file = |name: &str| folder.path().join(name).display().to_string();
@@ -47,9 +55,10 @@ impl Apiserver {
             "--bind-address=127.0.0.1".to_owned(),
             format!("--secure-port={port}"),
         ]);
+        command.args(extra);
         let begun = Instant::now();
         let process = Process::start("kube-apiserver", &mut command);
-        let mut server = Apiserver { port, ready_after: Duration::ZERO, kubectl, process, _folder: folder };
+        let mut server = Apiserver { port, ready_after: Duration::ZERO, kubectl, process, folder };
         process_ready(&server);
         server.ready_after = begun.elapsed();
         Some(server)
@@ -76,8 +85,58 @@ impl Apiserver {
         Process::start(&format!("kubectl {}", arguments.join(" ")), &mut self.command(arguments))
     }
 
+    /// Starts a kube-controller-manager with these controllers only, in nobody's way; `None` after a loud skip.
+    pub fn controllers(&self, names: &[&str]) -> Option<Process> {
+        let program = peers::need(Program::KubeControllerManager)?;
+        let file = |name: &str| self.folder.path().join(name).display().to_string();
+        let config = serde_json::json!({
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "it",
+            "clusters": [{"name": "it", "cluster": {
+                "server": format!("https://127.0.0.1:{}", self.port), "insecure-skip-tls-verify": true,
+            }}],
+            "users": [{"name": "it", "user": {"token": TOKEN}}],
+            "contexts": [{"name": "it", "context": {"cluster": "it", "user": "it"}}],
+        });
+        fs::write(file("kubeconfig"), config.to_string()).unwrap();
+        let mut command = Command::new(program);
+        command.args([
+            format!("--kubeconfig={}", file("kubeconfig")),
+            "--leader-elect=false".to_owned(),
+            format!("--service-account-private-key-file={}", file("sa.key")),
+            format!("--root-ca-file={}", file("certs/apiserver.crt")),
+            format!("--controllers={}", names.join(",")),
+            // Its default of 20 calls a second is made for a control plane that others use as well.
+            "--kube-api-qps=300".to_owned(),
+            "--kube-api-burst=600".to_owned(),
+            format!("--cert-dir={}", file("controllers")),
+            "--bind-address=127.0.0.1".to_owned(),
+            format!("--secure-port={}", ports::free()),
+        ]);
+        Some(Process::start("kube-controller-manager", &mut command))
+    }
+
+    /// A client that belongs to the runtime it is first used on.
+    pub fn client(&self) -> Client {
+        Client::new(self.port, TOKEN, &self.folder.path().join("certs/apiserver.crt"))
+    }
+
+    /// A file for kubectl to read.
+    pub fn write(&self, name: &str, text: &str) -> String {
+        let path = self.folder.path().join(name);
+        fs::write(&path, text).unwrap();
+        path.display().to_string()
+    }
+
     pub fn process(&self) -> &Process {
         &self.process
+    }
+
+    /// SIGTERM, and the exit that follows.
+    pub fn stop(&mut self) -> std::process::ExitStatus {
+        self.process.signal("TERM");
+        self.process.wait(PATIENCE)
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
@@ -86,7 +145,7 @@ impl Apiserver {
             .arg(format!("--server=https://127.0.0.1:{}", self.port))
             .arg(format!("--token={TOKEN}"))
             .args(["--insecure-skip-tls-verify", "--kubeconfig=/dev/null", "--cache-dir"])
-            .arg(self._folder.path().join("kubectl"))
+            .arg(self.folder.path().join("kubectl"))
             .args(arguments);
         command
     }

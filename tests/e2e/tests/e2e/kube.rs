@@ -1,5 +1,10 @@
 //! The client that matters most: a real kube-apiserver boots on the store, serves kubectl, and leaves what we read ourselves.
 
+mod churn;
+mod judge;
+mod life;
+mod world;
+
 use e2e::kube::Apiserver;
 use e2e::rpc::{self, Rpc, prefix_end};
 use e2e::{Cluster, Kind, PATIENCE};
