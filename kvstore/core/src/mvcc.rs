@@ -38,7 +38,7 @@ use bytes::Bytes;
 use crate::{Error, Fatal};
 
 pub use count::index::KeyCounts;
-pub use range::range;
+pub use range::{range, rows};
 
 /// What is readable at a moment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -180,7 +180,7 @@ impl Store {
             applied: view::applied(view)?,
             numbers,
             recent: Recent::new(config.record_cache_bytes),
-            tally: Tally::open(view)?,
+            tally: Tally::open(view, numbers.revision)?,
             leases: Leases::open(view)?,
             members: Members::open(view)?,
             alarms: Alarms::open(view)?,

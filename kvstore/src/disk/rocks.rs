@@ -165,6 +165,8 @@ impl State {
     }
 }
 
+const FULL_SCAN_READAHEAD_BYTES: usize = 1 << 20;
+
 /// A consistent picture of the state database.
 #[derive(Clone)]
 pub struct View(Arc<Held>);
@@ -203,6 +205,11 @@ impl ReadView for View {
         let Held { snapshot, state, .. } = &*self.0;
         let mut options = ReadOptions::default();
         options.set_snapshot(snapshot);
+        if let (Bound::Unbounded, Bound::Unbounded) = range {
+            // A whole table: it would only drive out of the cache what others will want again.
+            options.fill_cache(false);
+            options.set_readahead_size(FULL_SCAN_READAHEAD_BYTES);
+        }
         match range.0 {
             Bound::Unbounded => {}
             Bound::Included(key) => options.set_iterate_lower_bound(key),

@@ -1,8 +1,9 @@
 //! The KV service: what each RPC does, once, for the thin handler ([`super::unary`]) and for tonic's routes alike.
 //!
 //! A write is checked, proposed, and answered with its outcome. A read confirms by ReadIndex that this member is up to
-//! date, unless it asked for less, and is served from the published view. A read that may touch many keys leaves the
-//! runtime for tokio's blocking pool, so that a big list never delays a heartbeat's worth of small requests.
+//! date, unless it asked for less, and is served from the published view. A read that may touch many rows, as
+//! the counted index knows beforehand, leaves the runtime for tokio's blocking pool, so that a big list never delays a
+//! heartbeat's worth of small requests.
 //!
 //! What it does not do: RangeStream (the data API's issue).
 
@@ -22,6 +23,12 @@ use tonic::{Request, Response, Status};
 
 use super::status::{read_status, status};
 use super::{Context, complete, unexpected};
+use crate::inbox::Published;
+
+/// Bounds of what a runtime reads itself: about half a millisecond. A trip to the pool and back costs some 20 µs, and a
+/// heartbeat's worth of small requests may wait behind what is read here.
+const INLINE_ROWS: u64 = 2_048;
+const INLINE_BYTES: u64 = 1 << 20;
 
 /// How often a physical compaction looks whether this member has deleted what it had to.
 const PHYSICAL_POLL: Duration = Duration::from_millis(10);
@@ -40,7 +47,7 @@ pub(crate) async fn range(context: &Context, request: RangeRequest) -> Result<Fo
     let published = context.inbox.published();
     let bounds = published.facts.bounds();
     let header = super::header(&context.inbox, bounds.revision);
-    let ranged = if is_small(&request) {
+    let ranged = if is_small(&published, [&request]) {
         mvcc::range(published.moment(), &request)
     } else {
         on_the_pool(move || mvcc::range(published.moment(), &request)).await
@@ -113,7 +120,11 @@ async fn read_only_txn(context: &Context, request: TxnRequest) -> Result<TxnResp
     }
     let published = context.inbox.published();
     let ops = || request.success.iter().chain(&request.failure).filter_map(|op| op.request.as_ref());
-    let small = ops().all(|op| matches!(op, Op::RequestRange(range) if is_small(range)));
+    let ranges = ops().filter_map(|op| match op {
+        Op::RequestRange(range) => Some(range),
+        _ => None,
+    });
+    let small = is_small(&published, ranges);
     let read = move || mvcc::txn::read(published.moment(), &request);
     let mut response = if small { read() } else { on_the_pool(read).await }.map_err(|e| read_status(&e))?;
     complete(&context.inbox, &mut response.header);
@@ -124,9 +135,13 @@ async fn propose(context: &Context, request: InternalRaftRequest) -> Result<Outc
     Box::pin(context.inbox.propose(request)).await.map_err(|e| status(&e))
 }
 
-/// One key is not worth a trip to another thread. A range is, whatever its limit: its count is a scan of all of it.
-fn is_small(request: &RangeRequest) -> bool {
-    request.range_end.is_empty()
+/// Whether ranges are done sooner than a trip to another thread pays: the counts say beforehand how many rows they may
+/// look at, and the store's size how large those are.
+fn is_small<'a>(published: &Published, ranges: impl IntoIterator<Item = &'a RangeRequest>) -> bool {
+    let moment = published.moment();
+    let rows = ranges.into_iter().fold(0_u64, |rows, range| rows.saturating_add(mvcc::rows(moment, range)));
+    let row_bytes = published.facts.size_in_use.max(0) as u64 / published.keys.rows().max(1);
+    rows <= 1 || (rows <= INLINE_ROWS && rows.saturating_mul(row_bytes) <= INLINE_BYTES)
 }
 
 async fn on_the_pool<T: Send + 'static>(

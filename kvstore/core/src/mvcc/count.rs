@@ -2,11 +2,12 @@
 //!
 //! *Now*: whole blocks of the counted index ([`index`]) are summed, and the two blocks at the ends are scanned through
 //! the view of the same moment. *At an older revision* R: the count of now, less the keys that were created since, plus
-//! those that were deleted; `rev` has a row for each, and none of them can have been compacted. If more happened since
-//! than the range has keys, its keys are looked at instead.
+//! those that were deleted. They are remembered for a while ([`gains`]); before that, `rev` has a row for each, and none
+//! of them can have been compacted. If more happened since than the range has keys, its keys are looked at instead.
 //!
 //! What it does not do: it refuses no revision and it changes nothing.
 
+mod gains;
 pub(crate) mod index;
 
 use std::ops::{Bound, ControlFlow};
@@ -23,6 +24,9 @@ use crate::{Fatal, keys};
 /// tests both ways are taken.
 const LEAST_ROWS: u64 = if cfg!(test) { 20 } else { 1_000 };
 
+/// Remembered creates and deletes that cost as much as one row.
+const GAINS_A_ROW: u64 = 16;
+
 /// The keys of `span` that existed at `at`.
 pub(crate) fn count<R: Read>(moment: Moment<'_, R>, at: i64, span: Span<'_>) -> Result<i64, Fatal> {
     let now = now(moment, span)?;
@@ -31,6 +35,12 @@ pub(crate) fn count<R: Read>(moment: Moment<'_, R>, at: i64, span: Span<'_>) -> 
         return Ok(now as i64);
     }
     let max_rows = now.max(LEAST_ROWS);
+    if let Some(gains) = moment.keys.gains.since(at)
+        && gains.len() as u64 / GAINS_A_ROW <= max_rows
+    {
+        let gained: i64 = gains.filter(|gain| span.contains(&gain.key)).map(|gain| gain.gain).sum();
+        return Ok(now as i64 - gained);
+    }
     // Every revision has a row at least.
     if bounds.revision.abs_diff(at) <= max_rows
         && let Some(gained) = gained_since(moment, at, span, max_rows)?
@@ -79,6 +89,28 @@ fn now<R: Read>(moment: Moment<'_, R>, span: Span<'_>) -> Result<u64, Fatal> {
         count += edge(last, index.start(last), end)?;
     }
     Ok(count)
+}
+
+/// Rows that reading `shown` keys of `span` and counting the rest may look at, about; reads none.
+pub(crate) fn rows<R>(moment: Moment<'_, R>, at: i64, span: Span<'_>, shown: u64) -> u64 {
+    let around = match span {
+        Span::Point(_) => return 1,
+        Span::Keys(start, end) if start < end => moment.keys.rows_around(start, Some(end)),
+        Span::Keys(..) => return 0,
+        Span::From(start) => moment.keys.rows_around(start, None),
+    };
+    // Only the blocks at the ends are scanned to count.
+    let present = around.min(shown.saturating_add(u64::from(index::MAX_ROWS)));
+    if at >= moment.bounds.revision {
+        return present;
+    }
+    // A key that has changed since costs a read of its own, and what came and went corrects the count.
+    let since = moment.bounds.revision.abs_diff(at);
+    let corrected = match moment.keys.gains.since(at) {
+        Some(gains) => gains.len() as u64 / GAINS_A_ROW,
+        None => since.min(around.max(LEAST_ROWS)),
+    };
+    present.saturating_add(since.min(present)).saturating_add(corrected)
 }
 
 /// How many more keys `span` has now than it had at `at`, or `None` if more than `max_rows` changes tell.

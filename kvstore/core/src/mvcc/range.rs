@@ -26,6 +26,10 @@ use crate::{Error, Fatal};
 /// `repeated KeyValue kvs = 2`.
 const KVS_TAG: u8 = 0x12;
 
+/// What is reserved for an answer before its size is known; 64 KiB for one that may have few keys.
+const MAX_RESERVED_BYTES: usize = 4 << 20;
+const WELL_KNOWN: usize = 2_048;
+
 /// One Range on a moment. The request's own form is checked by [`super::check::validate_range`].
 pub fn range<R: Read>(moment: Moment<'_, R>, request: &RangeRequest) -> Result<Ranged, ReadError> {
     let at = readable(moment.bounds, request.revision)?;
@@ -40,6 +44,18 @@ pub fn range<R: Read>(moment: Moment<'_, R>, request: &RangeRequest) -> Result<R
         return Ok(Ranged { count: count(moment, at, span)?, ..Ranged::default() });
     }
     if plan.gathers { Ok(gather(moment, at, span, request, &plan)?) } else { Ok(stream(moment, at, span, request)?) }
+}
+
+/// Rows that a Range may look at, about: said without looking at any, so that a caller knows where to run it.
+pub fn rows<R>(moment: Moment<'_, R>, request: &RangeRequest) -> u64 {
+    let plan = Plan::new(request);
+    let shown = match () {
+        () if request.count_only => 0,
+        () if plan.gathers && !plan.scan_limited => u64::MAX,
+        () => limit_of(request) as u64,
+    };
+    let at = if request.revision <= 0 { moment.bounds.revision } else { request.revision };
+    super::count::rows(moment, at, Span::new(&request.key, &request.range_end), shown)
 }
 
 /// The revision to read at: the one asked for, or the current one.
@@ -118,7 +134,13 @@ fn stream<R: Read>(moment: Moment<'_, R>, at: i64, span: Span<'_>, request: &Ran
     let limit = limit_of(request);
     let mut out = BytesMut::new();
     let mut failed = None;
+    let expected = (rows(moment, request) as usize).min(limit);
     let (len, rest) = shown_and_rest(moment, at, span, limit, &mut |kv| {
+        if out.is_empty() {
+            // Pairs of a range are mostly alike. How many there are is known well only of a large range.
+            let most = if expected > WELL_KNOWN { MAX_RESERVED_BYTES } else { MAX_RESERVED_BYTES / 64 };
+            out.reserve(expected.saturating_mul(kv.len() + 8).min(most));
+        }
         if let Err(error) = frame(kv, request, &mut out) {
             failed = Some(error);
         }

@@ -140,7 +140,7 @@ impl<'a, V: ReadView> Change<'a, V> {
         self.attach(new.key, before.map_or(0, |kv| kv.lease), kv.lease);
         let prev = newest.as_ref().filter(|_| before.is_some()).map(record::kv_of).transpose()?;
         if before.is_none() {
-            self.tally.created(new.key, newest.is_none())?;
+            self.tally.created(main, new.key, newest.is_none())?;
         }
         let shown = prev.clone().and_then(|prev| self.before_request(new.key, replaced.revision, prev));
         self.write(&kv, false, &replaced, before.is_none(), shown)?;
@@ -174,7 +174,7 @@ impl<'a, V: ReadView> Change<'a, V> {
         let prev = record::kv_of(newest)?;
         let tombstone = Kv { key: before.key, mod_revision: self.numbers.revision + 1, ..Kv::default() };
         self.attach(before.key, before.lease, 0);
-        self.tally.deleted(before.key)?;
+        self.tally.deleted(tombstone.mod_revision, before.key)?;
         let shown = self.before_request(before.key, replaced.revision, prev.clone());
         self.write(&tombstone, true, &replaced, false, shown)?;
         Ok(prev)

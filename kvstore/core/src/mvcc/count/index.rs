@@ -5,19 +5,20 @@
 //! published for the price of a pointer and a create or delete copies one chunk's counts (0.5 KB) at most once a version:
 //!
 //! ```text
-//! version ─▶ [ (live, ●), (live, ●), … ]        one entry a chunk
-//!                      ╰─▶ bounds (shared until a split) · [ {live, rows}, {live, rows}, … ]
+//! version ─▶ [ (live, rows, ●), … ]              one entry a chunk
+//!                          ╰─▶ bounds (shared until a split) · [ {live, rows}, {live, rows}, … ]
 //! ```
 //!
 //! A block is split by its *rows*, tombstones included, so that the scan of a block at the end of a counted range stays
 //! bounded however many deleted keys wait there for a compaction. A put over a living key changes nothing here.
 //!
-//! What it does not do: it reads no row when it counts (`count.rs` scans the two ends) and it is not stored: a scan of
+//! What it does not do: it reads no row to count (`count.rs` scans the two ends) and it is not stored: a scan of
 //! `key` rebuilds it, so that it can never disagree with what a crash or a snapshot left (trap 9).
 
 use std::ops::{Bound, ControlFlow};
 use std::sync::Arc;
 
+use super::gains::Gains;
 use crate::Fatal;
 use crate::backend::{Direction, Read, Table};
 use crate::mvcc::record;
@@ -25,7 +26,7 @@ use crate::mvcc::record;
 /// Rows of a block after a split or a build. In this crate's tests a few keys make many blocks.
 const TARGET_ROWS: u32 = if cfg!(test) { 8 } else { 256 };
 /// A block with more is split.
-const MAX_ROWS: u32 = 2 * TARGET_ROWS;
+pub(super) const MAX_ROWS: u32 = 2 * TARGET_ROWS;
 /// A block with fewer is merged with a neighbour, if both fit into [`TARGET_ROWS`].
 const MIN_ROWS: u32 = TARGET_ROWS / 4;
 /// Blocks of a chunk after a split or a build; twice as many are split.
@@ -43,11 +44,13 @@ const FIRST: &[u8] = &[0];
 #[derive(Clone, Debug)]
 pub struct KeyCounts {
     chunks: Arc<Vec<Entry>>,
+    pub(super) gains: Gains,
 }
 
 #[derive(Clone, Debug)]
 struct Entry {
     live: u64,
+    rows: u64,
     chunk: Arc<Chunk>,
 }
 
@@ -76,6 +79,7 @@ impl Entry {
     fn new(pieces: &[(Start, Block)]) -> Entry {
         Entry {
             live: pieces.iter().map(|(_, block)| u64::from(block.live)).sum(),
+            rows: pieces.iter().map(|(_, block)| u64::from(block.rows)).sum(),
             chunk: Arc::new(Chunk {
                 starts: pieces.iter().map(|(start, _)| Arc::clone(start)).collect(),
                 blocks: pieces.iter().map(|(_, block)| *block).collect(),
@@ -92,6 +96,30 @@ impl KeyCounts {
     /// All keys that live.
     pub fn total(&self) -> u64 {
         self.chunks.iter().map(|entry| entry.live).sum()
+    }
+
+    /// Rows that the whole keyspace has: living keys and tombstones.
+    pub fn rows(&self) -> u64 {
+        self.chunks.iter().map(|entry| entry.rows).sum()
+    }
+
+    /// Rows of all blocks that a range touches: at least as many as the range has. Reads none of them.
+    pub(super) fn rows_around(&self, start: &[u8], end: Option<&[u8]>) -> u64 {
+        let (first, last) = (self.place(start), end.map(|end| self.place(end)));
+        let of = |chunk: usize| &self.chunks[chunk].chunk.blocks[..];
+        let sum = |blocks: &[Block]| blocks.iter().map(|block| u64::from(block.rows)).sum::<u64>();
+        let last = last.unwrap_or_else(|| {
+            let chunk = self.chunks.len() - 1;
+            Place { chunk, block: of(chunk).len() - 1 }
+        });
+        if last < first {
+            return 0;
+        }
+        if first.chunk == last.chunk {
+            return sum(&of(first.chunk)[first.block..=last.block]);
+        }
+        let whole: u64 = self.chunks[first.chunk + 1..last.chunk].iter().map(|entry| entry.rows).sum();
+        sum(&of(first.chunk)[first.block..]) + whole + sum(&of(last.chunk)[..=last.block])
     }
 
     /// The block that holds `key`, if any does.
@@ -143,11 +171,12 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Counts what is there.
-    pub(crate) fn open<R: Read>(read: &R) -> Result<Tally, Fatal> {
+    /// Counts what is there, at `revision`.
+    pub(crate) fn open<R: Read>(read: &R, revision: i64) -> Result<Tally, Fatal> {
         let pieces = cut(read, (Bound::Unbounded, Bound::Unbounded), FIRST, TARGET_ROWS)?;
         let chunks = pieces.chunks(TARGET_BLOCKS).map(Entry::new).collect();
-        Ok(Tally { counts: KeyCounts { chunks: Arc::new(chunks) }, unsettled: Vec::new() })
+        let counts = KeyCounts { chunks: Arc::new(chunks), gains: Gains::new(revision) };
+        Ok(Tally { counts, unsettled: Vec::new() })
     }
 
     /// The newest version: of the rows with everything that was noted so far.
@@ -155,13 +184,15 @@ impl Tally {
         &self.counts
     }
 
-    /// A key lives that did not; `new_row`: not even its tombstone stood.
-    pub(crate) fn created(&mut self, key: &[u8], new_row: bool) -> Result<(), Fatal> {
+    /// A key lives as of `revision` that did not; `new_row`: not even its tombstone stood.
+    pub(crate) fn created(&mut self, revision: i64, key: &[u8], new_row: bool) -> Result<(), Fatal> {
+        self.counts.gains.push(revision, key, 1);
         self.change(key, 1, i32::from(new_row))
     }
 
-    /// A key that lived has become a tombstone.
-    pub(crate) fn deleted(&mut self, key: &[u8]) -> Result<(), Fatal> {
+    /// A key that lived is a tombstone as of `revision`.
+    pub(crate) fn deleted(&mut self, revision: i64, key: &[u8]) -> Result<(), Fatal> {
+        self.counts.gains.push(revision, key, -1);
         self.change(key, -1, 0)
     }
 
@@ -175,6 +206,7 @@ impl Tally {
         let Place { chunk, block } = self.counts.place(key);
         let entry = &mut Arc::make_mut(&mut self.counts.chunks)[chunk];
         entry.live = entry.live.checked_add_signed(live.into()).ok_or_else(wrong)?;
+        entry.rows = entry.rows.checked_add_signed(rows.into()).ok_or_else(wrong)?;
         let block = &mut Arc::make_mut(&mut entry.chunk).blocks[block];
         block.live = block.live.checked_add_signed(live).ok_or_else(wrong)?;
         block.rows = block.rows.checked_add_signed(rows).ok_or_else(wrong)?;
@@ -286,15 +318,13 @@ fn cut<R: Read>(
 impl KeyCounts {
     /// Holds the index against one that is built anew, and every block and chunk against its bounds.
     pub(crate) fn check<R: Read>(&self, read: &R) {
-        let rebuilt = Tally::open(read).unwrap().counts;
-        let rows = |counts: &KeyCounts| -> u32 {
-            counts.chunks.iter().flat_map(|entry| &entry.chunk.blocks).map(|block| block.rows).sum()
-        };
-        assert_eq!((self.total(), rows(self)), (rebuilt.total(), rows(&rebuilt)), "keys, and rows");
+        let rebuilt = Tally::open(read, 0).unwrap().counts;
+        assert_eq!((self.total(), self.rows()), (rebuilt.total(), rebuilt.rows()), "keys, and rows");
         let mut starts = Vec::new();
         for entry in self.chunks.iter() {
             let Chunk { starts: of_chunk, blocks } = &*entry.chunk;
             assert_eq!(entry.live, blocks.iter().map(|block| u64::from(block.live)).sum::<u64>());
+            assert_eq!(entry.rows, blocks.iter().map(|block| u64::from(block.rows)).sum::<u64>());
             assert!(of_chunk.len() == blocks.len() && (1..2 * TARGET_BLOCKS).contains(&blocks.len()));
             assert!(blocks.iter().all(|block| block.live <= block.rows && block.rows <= MAX_ROWS), "{blocks:?}");
             starts.extend(of_chunk.iter().cloned());

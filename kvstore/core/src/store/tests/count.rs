@@ -260,3 +260,30 @@ fn blocks_grow_with_the_keys_and_go_with_them() {
     }
     assert!(blocks(&member) <= 8, "{} blocks for one key", blocks(&member));
 }
+
+#[test]
+fn a_range_says_beforehand_about_how_many_rows_it_may_read() {
+    let mut member = TestMember::new(config());
+    for n in 0..KEYS {
+        member.apply(&put(&key_of(n), "v")).0.unwrap();
+    }
+    let published = member.publish();
+    let said = |change: &dyn Fn(&mut RangeRequest)| {
+        let mut request = RangeRequest { key: "\0".into(), range_end: "\0".into(), ..RangeRequest::default() };
+        change(&mut request);
+        crate::mvcc::rows(published.moment(), &request)
+    };
+    let (all, ends) = (u64::from(KEYS), 16);
+    assert_eq!(said(&|_| ()), all);
+    assert_eq!(said(&|list| list.range_end = Bytes::new()), 1, "a key");
+    let block = said(&|list| list.range_end = "\0\0".into());
+    assert!((1..=ends).contains(&block), "{block} rows of a block, though none of its keys is asked for");
+    assert_eq!(said(&|page| page.limit = 10), 10 + ends);
+    assert_eq!(said(&|counted| counted.count_only = true), ends);
+    assert_eq!(said(&|sorted| (sorted.limit, sorted.sort_target, sorted.sort_order) = (10, 1, 0)), 10 + ends);
+    assert_eq!(said(&|sorted| (sorted.limit, sorted.sort_target, sorted.sort_order) = (10, 1, 1)), all);
+    assert_eq!(said(&|reversed| (reversed.key, reversed.range_end) = ("b".into(), "a".into())), 0);
+    let revision = published.facts.revision;
+    assert_eq!(said(&|page| (page.limit, page.revision) = (10, revision - 5)), 10 + ends + 5);
+    assert_eq!(said(&|page| (page.limit, page.revision) = (10, revision - 200)), 2 * (10 + ends) + 200);
+}
