@@ -5,12 +5,14 @@
 //! one hot key) and etcd's own `benchmark` (random keys). A row counts only if the work was done: puts have to raise the
 //! revision by exactly their number, gets have to bring the value.
 //!
-//! `bench watch` is another table ([`watch`]): crowds of watchers.
+//! Two other tables: `bench data` ([`data`]), ranges, pages and counts of a store that holds 1,000,000 keys, and `bench watch`
+//! ([`watch`]), crowds of watchers.
 //!
-//! What it does not do: clusters, large ranges. They come with the suites that need them.
+//! What it does not do: clusters. They come with the suites that need them.
 
 #![allow(clippy::print_stdout, reason = "a table is what this program is for")]
 
+mod data;
 mod measure;
 mod table;
 mod watch;
@@ -49,13 +51,16 @@ struct Options {
 /// The other tables.
 #[derive(Debug, Subcommand)]
 enum Table {
+    Data(data::Options),
     Watch(watch::Options),
 }
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    if let Some(Table::Watch(watch)) = &options.table {
-        return watch::run(watch);
+    match &options.table {
+        Some(Table::Data(data)) => return data::run(data),
+        Some(Table::Watch(watch)) => return watch::run(watch),
+        None => {}
     }
     ensure!(options.rounds > 0 && options.requests > 0, "a measurement needs rounds and requests");
     println!("{}", table::setting(&options.describe()));
