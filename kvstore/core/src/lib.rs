@@ -11,11 +11,13 @@
 //! | [`lease`]   | the replicated lease table; `lease::expiry`, the leader's deadlines | apply thread; raft thread |
 //! | [`store`]   | `Store`: committed entries → `Applied` | the apply thread |
 //! | [`mvcc`]    | the keyspace at a revision | the store, and readers on a view |
+//! | [`compactor`] | `Compactor`: when to compact by itself, and to which revision | the server |
 //! | [`watch`]   | `WatchHub`, `Session`: who is told what, in which order | apply thread and the streams |
 //!
 //! What this crate does not do: encode gRPC, know RocksDB, keep time, or authenticate (a later room).
 
 pub mod backend;
+pub mod compactor;
 pub mod error;
 pub mod keys;
 pub mod lease;

@@ -1,4 +1,5 @@
-//! Those who wait: golden stories for `Pending`, for the leader's lease clock and for keep-alives that can't be answered at once.
+//! Those who wait: golden stories for `Pending`, for the leader's lease clock, for keep-alives
+//! that can't be answered at once, and for automatic compaction.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -6,6 +7,7 @@
 )]
 #![allow(clippy::disallowed_methods, reason = "a test reads its stories from files")]
 
+mod compactor;
 mod expiry;
 mod pending;
 #[path = "../story/mod.rs"]
