@@ -18,7 +18,7 @@ use kvstore_core::lease::LeaseChange;
 use kvstore_core::mvcc::{EventKind, RevisionEvents};
 use kvstore_core::replica::SnapshotTicket;
 use kvstore_core::store::{Outcome, Store, StoreConfig};
-use kvstore_core::types::{Entry, Index, RequestId};
+use kvstore_core::types::{Entry, Index, RequestId, Term};
 use kvstore_core::{Error, Fatal};
 
 use crate::clock;
@@ -35,6 +35,10 @@ pub(crate) enum Job {
     Install {
         ticket: SnapshotTicket,
         new: NewState,
+    },
+    /// Tell the raft thread all leases after everything that was handed out before: it leads `term`.
+    ReadLeases {
+        term: Term,
     },
     /// Make everything durable; the thread ends.
     Stop,
@@ -115,6 +119,10 @@ impl Applier {
                     Job::Install { ticket, new } => {
                         self.apply_all(&mut entries)?;
                         self.install(ticket, new)?;
+                    }
+                    Job::ReadLeases { term } => {
+                        self.apply_all(&mut entries)?;
+                        let _ = self.shared.driver.push(Input::LeaseTable { term, leases: self.store.leases() });
                     }
                     Job::Stop => {
                         self.apply_all(&mut entries)?;

@@ -71,6 +71,16 @@ pub const FLAGS: &[Flag] = &[
     ),
     flag("listen-metrics-urls", "", "Comma-separated further URLs for /metrics and the health endpoints."),
     flag("quota-backend-bytes", "0", "Bytes at which the NOSPACE alarm is raised; 0 means 2 GiB, negative means none."),
+    flag(
+        "auto-compaction-mode",
+        "periodic",
+        "What --auto-compaction-retention means: `periodic`, a time, or `revision`, a number of revisions.",
+    ),
+    flag(
+        "auto-compaction-retention",
+        "0",
+        "History to keep: hours or a duration such as 30m, or a number of revisions; 0 compacts nothing by itself.",
+    ),
     flag("max-request-bytes", "1572864", "Largest client request, in bytes."),
     flag("max-txn-ops", "128", "Most operations in one transaction."),
     flag("initial-advertise-peer-urls", "http://localhost:2380", "Peer URLs that this member announces to the others."),
@@ -160,8 +170,6 @@ const LATER_FLAGS: &[&str] = &[
     "discovery-srv-name",
     "strict-reconfig-check",
     "pre-vote",
-    "auto-compaction-retention",
-    "auto-compaction-mode",
     "v2-deprecation",
     "cors",
     "host-whitelist",
@@ -419,7 +427,7 @@ mod tests {
     fn tls_and_later_flags_are_refused_by_name() {
         assert!(args("--cert-file=x").unwrap_err().to_string().starts_with("--cert-file: TLS is not supported yet"));
         assert!(args("-peer-auto-tls").unwrap_err().to_string().starts_with("--peer-auto-tls: TLS"));
-        assert!(args("--auto-compaction-retention=1").unwrap_err().to_string().contains("does not support yet"));
+        assert!(args("--wal-dir=x").unwrap_err().to_string().contains("does not support yet"));
         assert!(with_env("", &[("ETCD_CERT_FILE", "x")]).unwrap_err().to_string().starts_with("--cert-file: TLS"));
     }
 

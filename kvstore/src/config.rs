@@ -4,10 +4,14 @@
 //! The words of the errors are etcd's (contract 4.2). What it does not do: touch the disk or the network; a data
 //! directory that belongs to somebody else is found out by `disk.rs`.
 
+mod duration;
+
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use kvstore_core::compactor::Retention;
 use thiserror::Error;
 
 use crate::cli::{FLAGS, Typed};
@@ -81,6 +85,10 @@ pub struct Config {
     pub max_request_bytes: usize,
     pub max_txn_ops: usize,
     pub watch_progress_notify_interval: Duration,
+    /// What automatic compaction keeps; `None`: there is none.
+    pub auto_compaction: Option<Retention>,
+    /// How often what is left of long leases is replicated; `None`: never (gate LeaseCheckpoint).
+    pub lease_checkpoint_interval: Option<Duration>,
     pub log_level: tracing::Level,
     pub log_format: LogFormat,
 }
@@ -102,14 +110,16 @@ const FEATURE_GATES: &[&str] = &[
 
 const MIB: i64 = 1024 * 1024;
 const ELECTION_TIMEOUT_MAX_MS: u64 = 50_000;
+const LEASE_CHECKPOINT_INTERVAL: Duration = Duration::from_secs(300);
 const PROGRESS_INTERVAL_MIN: Duration = Duration::from_millis(100);
 
 impl Config {
+    /// etcd's order of refusals, as far as one can see it: values, then what binds several flags, then compaction, gates.
     pub fn from_typed(typed: &Typed) -> Result<Config, ConfigError> {
         let values = Values { typed };
         let name = values.text("name").to_owned();
         let advertise_peer_urls = values.urls("initial-advertise-peer-urls")?;
-        let config = Config {
+        let mut config = Config {
             data_dir: match typed.get("data-dir") {
                 Some(dir) if !dir.is_empty() => PathBuf::from(dir),
                 _ => PathBuf::from(format!("{name}.etcd")),
@@ -136,6 +146,8 @@ impl Config {
             max_request_bytes: values.number("max-request-bytes")?,
             max_txn_ops: values.number("max-txn-ops")?,
             watch_progress_notify_interval: progress_interval(&values)?,
+            auto_compaction: None,
+            lease_checkpoint_interval: None,
             log_level: log_level(&values)?,
             log_format: match values.text("log-format") {
                 "json" => LogFormat::Json,
@@ -147,8 +159,10 @@ impl Config {
         if values.text("logger") != "zap" {
             return Err(values.bad("logger", "only `zap` is known"));
         }
-        feature_gates(&values)?;
+        let gates = feature_gates(&values)?;
         config.judge(typed)?;
+        config.auto_compaction = auto_compaction(&values)?;
+        config.lease_checkpoint_interval = lease_checkpoints(&gates)?;
         Ok(config)
     }
 
@@ -304,8 +318,51 @@ fn founders(values: &Values<'_>, name: &str, advertised: &[Url]) -> Result<Vec<F
 fn progress_interval(values: &Values<'_>) -> Result<Duration, ConfigError> {
     const OLD: &str = "experimental-watch-progress-notify-interval";
     let flag = if values.typed.is_set(OLD) { OLD } else { "watch-progress-notify-interval" };
-    let interval = go_duration(values.text(flag)).ok_or_else(|| values.bad(flag, "parse error"))?;
-    Ok(interval.max(PROGRESS_INTERVAL_MIN))
+    let interval_ns = duration::parse(values.text(flag)).map_err(|_| values.bad(flag, "parse error"))?;
+    Ok(Duration::from_nanos(u64::try_from(interval_ns).unwrap_or(0)).max(PROGRESS_INTERVAL_MIN))
+}
+
+/// `--auto-compaction-mode` and `--auto-compaction-retention`: a bare number is hours or revisions, anything else has to
+/// be a duration, whatever the mode (`embed/etcd.go`).
+fn auto_compaction(values: &Values<'_>) -> Result<Option<Retention>, ConfigError> {
+    const FLAG: &str = "auto-compaction-retention";
+    const HOUR_NS: i64 = 3_600_000_000_000;
+    let periodic = match values.text("auto-compaction-mode") {
+        "periodic" => true,
+        "revision" => false,
+        "" => return Err(ConfigError::Conflict("undefined auto-compaction-mode".to_owned())),
+        mode => return Err(ConfigError::Conflict(format!("unknown auto-compaction-mode {mode:?}"))),
+    };
+    let text = match values.text(FLAG) {
+        "" => "0",
+        text => text,
+    };
+    let kept = match text.parse::<i64>() {
+        Ok(number) if number >= 0 => number.saturating_mul(if periodic { HOUR_NS } else { 1 }),
+        _ => duration::parse(text)
+            .map_err(|reason| values.bad(FLAG, format!("error parsing CompactionRetention: {reason}")))?,
+    };
+    if kept < 0 {
+        return Err(values.bad(FLAG, "must not be negative"));
+    }
+    let retention = if periodic {
+        // Less than what the clock tells apart is still a period.
+        Retention::Time { ms: (kept.unsigned_abs() / 1_000_000).max(1) }
+    } else {
+        Retention::Revisions { count: kept }
+    };
+    Ok((kept > 0).then_some(retention))
+}
+
+fn lease_checkpoints(gates: &BTreeMap<&str, bool>) -> Result<Option<Duration>, ConfigError> {
+    // Both are off and of stage alpha.
+    let on = |gate| gates.get(gate).or(gates.get("AllAlpha")).copied().unwrap_or(false);
+    if on("LeaseCheckpointPersist") && !on("LeaseCheckpoint") {
+        return Err(ConfigError::Conflict(
+            "enabling feature gate LeaseCheckpointPersist requires enabling feature gate LeaseCheckpoint".to_owned(),
+        ));
+    }
+    Ok(on("LeaseCheckpoint").then_some(LEASE_CHECKPOINT_INTERVAL))
 }
 
 fn log_level(values: &Values<'_>) -> Result<tracing::Level, ConfigError> {
@@ -318,51 +375,27 @@ fn log_level(values: &Values<'_>) -> Result<tracing::Level, ConfigError> {
     }
 }
 
-/// Gates are checked for their names, so that a typing error is seen; none changes what this version does.
-fn feature_gates(values: &Values<'_>) -> Result<(), ConfigError> {
+/// The gates that were set. All are checked for their names, so that a typing error is seen; what others than
+/// LeaseCheckpoint do is not done here, or always.
+fn feature_gates<'a>(values: &Values<'a>) -> Result<BTreeMap<&'a str, bool>, ConfigError> {
     const FLAG: &str = "feature-gates";
+    let mut gates = BTreeMap::new();
     for pair in values.text(FLAG).split(',').map(str::trim).filter(|p| !p.is_empty()) {
         let Some((gate, value)) = pair.split_once('=') else {
             return Err(values.bad(FLAG, format!("missing bool value for {pair}")));
         };
-        if !FEATURE_GATES.contains(&gate.trim()) {
-            return Err(values.bad(FLAG, format!("unrecognized feature gate: {}", gate.trim())));
+        let gate = gate.trim();
+        if !FEATURE_GATES.contains(&gate) {
+            return Err(values.bad(FLAG, format!("unrecognized feature gate: {gate}")));
         }
-        if !matches!(value.trim(), "true" | "false" | "True" | "False" | "TRUE" | "FALSE" | "1" | "0" | "t" | "f") {
-            return Err(values.bad(FLAG, format!("invalid value of {}={value}", gate.trim())));
-        }
+        let on = match value.trim() {
+            "true" | "True" | "TRUE" | "1" | "t" | "T" => true,
+            "false" | "False" | "FALSE" | "0" | "f" | "F" => false,
+            _ => return Err(values.bad(FLAG, format!("invalid value of {gate}={value}"))),
+        };
+        gates.insert(gate, on);
     }
-    Ok(())
-}
-
-/// A duration as Go prints it: `1h30m`, `100ms`, `1.5s`. `None` if it isn't one.
-pub fn go_duration(text: &str) -> Option<Duration> {
-    if text == "0" {
-        return Some(Duration::ZERO);
-    }
-    let mut rest = text.strip_prefix('+').unwrap_or(text);
-    let mut seconds = 0f64;
-    if rest.is_empty() {
-        return None;
-    }
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
-        let number: f64 = rest[..digits].parse().ok()?;
-        rest = &rest[digits..];
-        let unit = rest.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(rest.len());
-        seconds += number
-            * match &rest[..unit] {
-                "ns" => 1e-9,
-                "us" | "µs" => 1e-6,
-                "ms" => 1e-3,
-                "s" => 1.0,
-                "m" => 60.0,
-                "h" => 3600.0,
-                _ => return None,
-            };
-        rest = &rest[unit..];
-    }
-    Duration::try_from_secs_f64(seconds).ok()
+    Ok(gates)
 }
 
 #[cfg(test)]
@@ -455,10 +488,46 @@ mod tests {
     }
 
     #[test]
-    fn durations_are_gos() {
-        assert_eq!(go_duration("1h30m"), Some(Duration::from_secs(5400)));
-        assert_eq!(go_duration("1.5s"), Some(Duration::from_millis(1500)));
-        assert_eq!(go_duration("5"), None);
-        assert_eq!(go_duration(""), None);
+    fn automatic_compaction_is_spelled_as_in_etcd() {
+        let kept = |line: &str| config(line).unwrap().auto_compaction;
+        let hour = 3_600_000;
+        assert_eq!(kept(""), None);
+        assert_eq!(kept("--auto-compaction-retention="), None);
+        assert_eq!(kept("--auto-compaction-retention=0"), None);
+        assert_eq!(kept("--auto-compaction-retention=0s"), None);
+        assert_eq!(kept("--auto-compaction-mode=revision --auto-compaction-retention=0"), None);
+        let time = |ms| Some(Retention::Time { ms });
+        assert_eq!(kept("--auto-compaction-retention=1"), time(hour));
+        assert_eq!(kept("--auto-compaction-retention=+24"), time(24 * hour));
+        assert_eq!(kept("--auto-compaction-retention=1h30m"), time(hour * 3 / 2));
+        assert_eq!(kept("--auto-compaction-mode=periodic --auto-compaction-retention=10s"), time(10_000));
+        let revisions = |count| Some(Retention::Revisions { count });
+        assert_eq!(kept("--auto-compaction-mode=revision --auto-compaction-retention=1000"), revisions(1000));
+        // Strange, and etcd's: a duration is nanoseconds, and each is a revision.
+        assert_eq!(kept("--auto-compaction-mode=revision --auto-compaction-retention=1us"), revisions(1000));
+
+        assert_eq!(error("--auto-compaction-mode=foo"), "unknown auto-compaction-mode \"foo\"");
+        assert_eq!(error("--auto-compaction-mode="), "undefined auto-compaction-mode");
+        let retention = |text: &str| error(&format!("--auto-compaction-retention={text}"));
+        assert!(retention("abc").ends_with("error parsing CompactionRetention: time: invalid duration \"abc\""));
+        assert!(retention("-1").ends_with("error parsing CompactionRetention: time: missing unit in duration \"-1\""));
+        assert!(retention("abc").contains("-auto-compaction-retention"));
+        // etcd takes this and crashes.
+        assert!(retention("-5m").ends_with("must not be negative"));
+    }
+
+    #[test]
+    fn lease_checkpoints_follow_their_gate() {
+        let every = |line: &str| config(line).unwrap().lease_checkpoint_interval;
+        let five_minutes = Some(Duration::from_secs(300));
+        assert_eq!(every(""), None);
+        assert_eq!(every("--feature-gates=LeaseCheckpoint=true"), five_minutes);
+        assert_eq!(every("--feature-gates=LeaseCheckpoint=1,LeaseCheckpointPersist=t"), five_minutes);
+        assert_eq!(every("--feature-gates=AllAlpha=true"), five_minutes);
+        assert_eq!(every("--feature-gates=AllAlpha=true,LeaseCheckpointPersist=false,LeaseCheckpoint=false"), None);
+        assert_eq!(
+            error("--feature-gates=LeaseCheckpointPersist=true"),
+            "enabling feature gate LeaseCheckpointPersist requires enabling feature gate LeaseCheckpoint"
+        );
     }
 }

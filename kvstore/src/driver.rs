@@ -15,12 +15,13 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use keelson_proto::etcdserverpb::alarm_request::AlarmAction;
 use keelson_proto::etcdserverpb::{AlarmRequest, AlarmType, InternalRaftRequest};
+use kvstore_core::lease::LeaseState;
 use kvstore_core::pending::{Link, Pending};
 use kvstore_core::replica::{
     self, Effects, Leadership, LogEntry, Proposal, ReadId, Replica, ReplicaConfig, SnapshotTicket,
 };
-use kvstore_core::types::{Index, LeaseId, MemberId, RequestId, Ticks};
-use kvstore_core::{Error, Fatal, lease};
+use kvstore_core::types::{Index, LeaseId, MemberId, RequestId, Term, Ticks};
+use kvstore_core::{Error, Fatal};
 use prost::Message;
 use tokio::sync::oneshot;
 
@@ -58,6 +59,10 @@ pub(crate) enum Input {
         id: LeaseId,
         answer: oneshot::Sender<Result<Option<Remaining>, Error>>,
     },
+    /// All leases, those that end first coming first, by the leader's clock; `None` elsewhere.
+    Leases {
+        answer: oneshot::Sender<Option<Vec<LeaseId>>>,
+    },
     // From the log thread.
     Persisted {
         number: u64,
@@ -68,6 +73,11 @@ pub(crate) enum Input {
     },
     // From the apply thread.
     Applied(Done),
+    /// All leases after everything that was told to be applied before, as the leader of `term` asked.
+    LeaseTable {
+        term: Term,
+        leases: Vec<LeaseState>,
+    },
     Installed {
         ticket: SnapshotTicket,
         index: Index,
@@ -97,6 +107,8 @@ pub(crate) struct DriverConfig {
     pub(crate) election_ms: u64,
     /// How long a proposal or a read may wait: 5 s and two election timeouts, as etcd has it.
     pub(crate) request_timeout_ms: u64,
+    /// How often what is left of long leases is replicated; `None`: never.
+    pub(crate) lease_checkpoint_ms: Option<u64>,
     /// This member alone is a majority: it need not wait for an election timeout.
     pub(crate) alone: bool,
 }
@@ -129,6 +141,8 @@ pub(crate) struct Driver {
     /// Proposals that wait because the leader can't be reached, and until when.
     held: VecDeque<(Ticks, Proposal)>,
     held_bytes: usize,
+    /// Those whose write went over the quota, until the alarm that it raised stands.
+    out_of_space: Vec<Waiter>,
     /// Our own proposals, which no caller waits for, and when they were made.
     own: HashMap<RequestId, (Own, Ticks)>,
 }
@@ -161,6 +175,7 @@ impl Driver {
             received: HashMap::new(),
             held: VecDeque::new(),
             held_bytes: 0,
+            out_of_space: Vec::new(),
             own: HashMap::new(),
         }
     }
@@ -196,6 +211,8 @@ impl Driver {
                     let committed = self.replica.status().committed;
                     self.leases.ask_remaining(self.clock.now(), id, committed, answer);
                 }
+                Input::Leases { answer } => self.leases.list(answer),
+                Input::LeaseTable { term, leases } => self.promote_leases(term, leases),
                 Input::Persisted { number } => self.replica.step(replica::Input::Persisted { number })?,
                 Input::Fetched { id, entries } => self.replica.step(replica::Input::EntriesFetched { id, entries })?,
                 Input::Applied(done) => self.applied(done)?,
@@ -275,7 +292,11 @@ impl Driver {
             }
             // One that was lost on the way may be made again.
             let (now, timeout) = (self.ticks, self.timeout_ticks);
-            self.own.retain(|_, (_, made)| now - *made < timeout);
+            let lost: Vec<Own> =
+                self.own.extract_if(|_, (_, made)| now - *made >= timeout).map(|(_, (own, _))| own).collect();
+            for own in lost {
+                self.not_made(&own);
+            }
         }
         self.hurry()
     }
@@ -375,31 +396,53 @@ impl Driver {
         if new.leader.is_some() && new.leader != self.leadership.leader {
             self.pending.leader_elected(self.ticks);
         }
-        if new.is_leader {
-            let published = self.shared.published.get();
-            self.leases.promote(self.clock.now(), new.term, lease::all(&published.view)?);
-        } else {
+        if !new.is_leader {
             self.leases.demote();
+        } else if !self.leadership.is_leader || new.term != self.leadership.term {
+            // The table may be long: the apply thread has it at hand, and knows what it has told us of already.
+            self.leases.demote();
+            to_thread(&self.outlets.applier, applier::Job::ReadLeases { term: new.term })?;
         }
         self.leadership = new;
         Ok(())
+    }
+
+    /// Void if leadership has moved on meanwhile.
+    fn promote_leases(&mut self, term: Term, leases: Vec<LeaseState>) {
+        if self.leadership.is_leader && self.leadership.term == term {
+            self.leases.promote(self.clock.now(), term, leases);
+        }
     }
 
     fn applied(&mut self, done: Done) -> Result<(), Fatal> {
         self.applied = done.index;
         self.replica.step(replica::Input::Applied { index: done.index, durable: done.durable })?;
         self.leases.applied(self.clock.now(), &done.leases);
-        for (id, outcome) in done.outcomes {
-            if let Some(waiter) = self.pending.outcome(id) {
-                self.answers.finish(waiter, outcome);
-            } else if !self.own.is_empty() {
-                self.own.remove(&id);
-            }
-        }
         if done.over_quota {
             self.raise_no_space()?;
         }
+        for (id, outcome) in done.outcomes {
+            if let Some(waiter) = self.pending.outcome(id) {
+                // Who is told that there is no space finds the alarm raised, as in etcd.
+                if done.over_quota && matches!(outcome, Err(Error::NoSpace)) {
+                    self.out_of_space.push(waiter);
+                } else {
+                    self.answers.finish(waiter, outcome);
+                }
+            } else if let Some((own, _)) = self.own.remove(&id) {
+                self.settled(&own);
+            }
+        }
         Ok(())
+    }
+
+    /// A proposal of our own has come to its end, whichever.
+    fn settled(&mut self, own: &Own) {
+        if matches!(own, Own::Alarm) {
+            for waiter in self.out_of_space.drain(..) {
+                self.answers.finish(waiter, Err(Error::NoSpace));
+            }
+        }
     }
 
     /// A write went over this member's quota: everybody must stop writing, so it goes through the log.
@@ -429,14 +472,22 @@ impl Driver {
         if let Some(waiter) = self.pending.outcome(id) {
             self.answers.fail(waiter, error);
         } else if let Some((own, _)) = self.own.remove(&id) {
-            self.leases.not_proposed(&own);
+            self.not_made(&own);
         }
+    }
+
+    fn not_made(&mut self, own: &Own) {
+        self.leases.not_proposed(own);
+        self.settled(own);
     }
 
     fn installed(&mut self, ticket: SnapshotTicket, index: Index) -> Result<(), Fatal> {
         self.applied = index;
         // What the snapshot swallowed of ours has no outcome here: its callers time out, not knowing (trap 4).
-        self.own.clear();
+        let swallowed: Vec<Own> = self.own.drain().map(|(_, (own, _))| own).collect();
+        for own in swallowed {
+            self.not_made(&own);
+        }
         self.replica.step(replica::Input::SnapshotInstalled { ticket })
     }
 
@@ -462,6 +513,7 @@ impl Driver {
     }
 
     fn stop(&mut self) {
+        self.settled(&Own::Alarm);
         for (waiter, error) in self.pending.drain(&Error::Stopped) {
             self.answers.fail(waiter, error);
         }

@@ -17,10 +17,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use keelson_proto::etcdserverpb::{InternalRaftRequest, LeaseTimeToLiveResponse};
-use kvstore_core::store::{self, Outcome};
+use keelson_proto::etcdserverpb::alarm_request::AlarmAction;
+use keelson_proto::etcdserverpb::{AlarmMember, AlarmRequest, AlarmType, InternalRaftRequest, LeaseTimeToLiveResponse};
+use kvstore_core::store::{self, Outcome, quota};
 use kvstore_core::types::{ClusterId, Index, LeaseId, MemberId, Term};
-use kvstore_core::{Error, Fatal};
+use kvstore_core::{Error, Fatal, lease};
 use prost::Message;
 
 use crate::counts::Counts;
@@ -133,6 +134,38 @@ impl Inbox {
         leases::time_to_live(self, id, keys).await
     }
 
+    /// All leases that this member knows: those that end first coming first where it leads, by id elsewhere.
+    pub async fn lease_list(&self) -> Result<Vec<LeaseId>, Error> {
+        leases::list(self).await
+    }
+
+    /// Refuses what does not fit this member's quota any more, before anything else is looked at, and sees to it that
+    /// the alarm stands (contract 2.9). What costs nothing always fits.
+    pub async fn check_quota(&self, cost: i64) -> Result<(), Error> {
+        let fits = {
+            let facts = &self.published().facts;
+            quota::fits((facts.quota != 0).then_some(facts.quota), facts.size_in_use, cost)
+        };
+        if fits {
+            return Ok(());
+        }
+        Box::pin(self.raise_no_space()).await;
+        Err(Error::NoSpace)
+    }
+
+    /// Refused it is, whether or not the others could be told.
+    async fn raise_no_space(&self) {
+        let own = AlarmMember { member_id: self.shared.identity.member_id.0, alarm: AlarmType::Nospace.into() };
+        if self.published().facts.alarms.contains(&own) {
+            return;
+        }
+        let alarm = AlarmRequest { action: AlarmAction::Activate.into(), member_id: own.member_id, alarm: own.alarm };
+        let request = InternalRaftRequest { alarm: Some(alarm), ..InternalRaftRequest::default() };
+        if let Err(error) = self.propose(request).await {
+            tracing::warn!("failed to raise the NOSPACE alarm: {error}");
+        }
+    }
+
     pub fn raft(&self) -> RaftStatus {
         self.shared.raft.get()
     }
@@ -144,9 +177,8 @@ impl Inbox {
     /// A number that no other call of this method on any member has returned or will: positive, 63 bits, for leases.
     pub fn next_id(&self) -> i64 {
         loop {
-            let id = (self.shared.ids.next().0 & (i64::MAX as u64)) as i64;
-            if id != 0 {
-                return id;
+            if let Some(id) = lease::drawn(self.shared.ids.next()) {
+                return id.0;
             }
         }
     }

@@ -19,6 +19,7 @@
 //! requests finish; the raft thread answers the rest "stopped"; the apply thread makes its state durable; the log
 //! thread syncs; the peers' links close. A thread that ends early takes the process down with its error.
 
+mod compaction;
 mod identity;
 mod member;
 mod monitor;
@@ -202,6 +203,7 @@ async fn serve(
     }
     tokio::select! {
         () = monitor::keep_version(&member.inbox, member.peers()) => {}
+        () = compaction::run(&member.inbox, config.auto_compaction, member.clock) => {}
         () = shutdown.cancelled() => {}
         failure = failures.recv() => return Err(failed(failure)),
     }

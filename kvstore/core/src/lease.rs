@@ -4,7 +4,8 @@
 //! batch as the key itself (`mvcc/write.rs`), so that neither a restart nor `TimeToLive` scans the keyspace. When a
 //! lease ends is the leader's business (`lease/expiry.rs`); that it ended is a `LeaseRevoke` in the log.
 //!
-//! What it does not do: it raises no TTL to a minimum (the server did, before the log) and picks no id.
+//! What it does not do: it raises no TTL to a minimum and picks no id; the server did, before the log, by [`min_ttl_s`] and
+//! [`drawn`].
 
 use std::collections::BTreeMap;
 use std::ops::{Bound, ControlFlow};
@@ -18,11 +19,25 @@ use keelson_proto::leasepb;
 use prost::Message;
 
 use crate::backend::{Direction, Read, Table, WriteBatch};
-use crate::types::LeaseId;
+use crate::types::{LeaseId, RequestId};
 use crate::{Error, Fatal, keys};
 
 /// etcd's largest TTL, in seconds.
 pub const MAX_TTL_S: i64 = 9_000_000_000;
+
+/// The shortest TTL, in seconds: one and a half election timeouts, in whole ticks and then in whole seconds, rounded as
+/// etcd rounds (contract 2.8). The server raises a TTL to it before the log, so that every member grants alike.
+pub fn min_ttl_s(heartbeat_ms: u64, election_timeout_ms: u64) -> i64 {
+    let heartbeat_ms = heartbeat_ms.max(1);
+    let ticks = 3 * (election_timeout_ms / heartbeat_ms) / 2;
+    i64::try_from((ticks * heartbeat_ms).div_ceil(1000)).unwrap_or(i64::MAX)
+}
+
+/// The lease that a request's number draws, if the client chose none: positive, 63 bits. `None`: draw again.
+pub fn drawn(request: RequestId) -> Option<LeaseId> {
+    let id = (request.0 & i64::MAX as u64) as i64;
+    (id != 0).then_some(LeaseId(id))
+}
 
 /// What an applied entry did to a lease.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,6 +54,14 @@ pub enum LeaseChange {
         id: LeaseId,
         remaining_ttl_s: i64,
     },
+}
+
+impl LeaseChange {
+    pub fn id(&self) -> LeaseId {
+        match *self {
+            LeaseChange::Granted { id, .. } | LeaseChange::Revoked { id } | LeaseChange::Checkpointed { id, .. } => id,
+        }
+    }
 }
 
 /// A lease as it stands in the table.
@@ -139,20 +162,39 @@ impl Leases {
         LeaseChange::Revoked { id }
     }
 
+    /// `None`: the lease has gone since the leader looked, which is nobody's mistake.
     pub(crate) fn checkpoint(
         &mut self,
         id: LeaseId,
         remaining_ttl_s: i64,
         batch: &mut WriteBatch,
-    ) -> Result<LeaseChange, Error> {
-        let lease = *self.granted.get(&id).ok_or(Error::LeaseNotFound)?;
+    ) -> Option<LeaseChange> {
+        let lease = *self.granted.get(&id)?;
         self.set(LeaseState { remaining_ttl_s, ..lease }, batch);
-        Ok(LeaseChange::Checkpointed { id, remaining_ttl_s })
+        Some(LeaseChange::Checkpointed { id, remaining_ttl_s })
+    }
+
+    /// By id.
+    pub(crate) fn list(&self) -> Vec<LeaseState> {
+        self.granted.values().copied().collect()
     }
 
     fn set(&mut self, lease: LeaseState, batch: &mut WriteBatch) {
         let row = leasepb::Lease { id: lease.id.0, ttl: lease.ttl_s, remaining_ttl: lease.remaining_ttl_s };
         batch.put(Table::Lease, keys::lease(lease.id), row.encode_to_vec());
         self.granted.insert(lease.id, lease);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shortest_ttl_is_one_and_a_half_election_timeouts() {
+        assert_eq!(min_ttl_s(100, 1000), 2);
+        assert_eq!(min_ttl_s(500, 5000), 8);
+        assert_eq!(min_ttl_s(100, 2000), 3);
+        assert_eq!(min_ttl_s(10, 100), 1);
     }
 }

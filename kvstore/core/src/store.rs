@@ -27,7 +27,7 @@ use keelson_proto::etcdserverpb::{
 use keelson_proto::membershippb::Member;
 
 use crate::backend::{Overlay, ReadView, WriteBatch};
-use crate::lease::{LeaseChange, Leases};
+use crate::lease::{LeaseChange, LeaseState, Leases};
 use crate::mvcc::count::index::Tally;
 use crate::mvcc::recent::Recent;
 use crate::mvcc::write::Numbers;
@@ -238,6 +238,11 @@ impl Store {
         self.numbers.cursor = slice.cursor;
         view::write_numbers(&self.numbers, batch);
         Ok(Some(SliceDone { compacted, rows: slice.rows, finished: slice.cursor.is_none() }))
+    }
+
+    /// All leases, by id, as far as applied.
+    pub fn leases(&self) -> Vec<LeaseState> {
+        self.leases.list()
     }
 
     fn size_in_use(&self) -> i64 {

@@ -5,7 +5,7 @@
 use keelson_proto::etcdserverpb::{InternalRaftRequest, LeaseCheckpoint, LeaseCheckpointRequest, LeaseRevokeRequest};
 use kvstore_core::Error;
 use kvstore_core::lease::expiry::{Expiry, ExpiryConfig};
-use kvstore_core::lease::keepalive::{KeepAlives, Step};
+use kvstore_core::lease::keepalive::{APPLY_TIMEOUT_MS, KeepAlives, Step};
 use kvstore_core::lease::{LeaseChange, LeaseState};
 use kvstore_core::replica::ReadId;
 use kvstore_core::types::{Index, LeaseId, Term, Timestamp};
@@ -17,6 +17,7 @@ use super::DriverConfig;
 pub(crate) use kvstore_core::lease::expiry::Remaining;
 
 type KeepAliveAnswer = oneshot::Sender<Result<i64, Error>>;
+type ListAnswer = oneshot::Sender<Option<Vec<LeaseId>>>;
 type RemainingAnswer = oneshot::Sender<Result<Option<Remaining>, Error>>;
 
 /// A proposal of our own, that no caller waits for.
@@ -54,8 +55,12 @@ struct Question {
 
 impl Leases {
     pub(super) fn new(config: &DriverConfig) -> Leases {
+        let expiry = ExpiryConfig {
+            checkpoint_interval_ms: config.lease_checkpoint_ms,
+            ..ExpiryConfig::new(config.heartbeat_ms, config.election_ms)
+        };
         Leases {
-            expiry: Expiry::new(ExpiryConfig::new(config.heartbeat_ms, config.election_ms)),
+            expiry: Expiry::new(expiry),
             keep_alives: KeepAlives::default(),
             questions: Vec::new(),
             round: None,
@@ -69,8 +74,13 @@ impl Leases {
     }
 
     pub(super) fn ask_remaining(&mut self, now: Timestamp, id: LeaseId, committed: Index, answer: RemainingAnswer) {
-        let deadline = now.after_ms(self.timeout_ms);
+        let deadline = now.after_ms(APPLY_TIMEOUT_MS);
         self.questions.push(Question { id, until: committed, deadline, answer });
+    }
+
+    pub(super) fn list(&self, answer: ListAnswer) {
+        // A caller that has gone no longer wants to know.
+        let _ = answer.send(self.expiry.by_end());
     }
 
     pub(super) fn tick(&mut self, now: Timestamp) {
@@ -88,6 +98,7 @@ impl Leases {
     pub(super) fn applied(&mut self, now: Timestamp, changes: &[LeaseChange]) {
         for change in changes {
             self.expiry.change(now, change);
+            self.keep_alives.changed(change.id());
         }
     }
 
@@ -157,7 +168,7 @@ impl Leases {
             } else if applied >= question.until {
                 Ok(self.expiry.remaining(now, question.id))
             } else if question.deadline <= now {
-                Err(Error::Timeout)
+                Err(Error::TimeoutWaitAppliedIndex)
             } else {
                 self.questions.push(question);
                 continue;

@@ -18,7 +18,7 @@ use keelson_proto::etcdserverpb::{
 };
 use kvstore_core::Error;
 use kvstore_core::mvcc::{self, Ranged, ReadError, check};
-use kvstore_core::store::Outcome;
+use kvstore_core::store::{Outcome, quota};
 use tonic::{Request, Response, Status};
 
 use super::status::{read_status, status};
@@ -56,6 +56,7 @@ pub(crate) async fn range(context: &Context, request: RangeRequest) -> Result<Fo
 }
 
 pub(crate) async fn put(context: &Context, request: PutRequest) -> Result<PutResponse, Status> {
+    context.inbox.check_quota(quota::put_cost(&request)).await.map_err(|e| status(&e))?;
     check::validate_put(&request).map_err(|e| status(&e))?;
     match propose(context, InternalRaftRequest { put: Some(request), ..Default::default() }).await? {
         Outcome::Put(mut response) => {
@@ -81,6 +82,7 @@ pub(crate) async fn delete_range(
 }
 
 pub(crate) async fn txn(context: &Context, request: TxnRequest) -> Result<TxnResponse, Status> {
+    context.inbox.check_quota(quota::txn_cost(&request)).await.map_err(|e| status(&e))?;
     check::validate_txn(&request, context.limits.max_txn_ops).map_err(|e| status(&e))?;
     if check::is_read_only(&request) {
         return read_only_txn(context, request).await;

@@ -15,7 +15,7 @@ use keelson_proto::etcdserverpb::{
     LeaseLeasesRequest, LeaseLeasesResponse, LeaseRevokeRequest, LeaseRevokeResponse, LeaseStatus,
     LeaseTimeToLiveRequest, LeaseTimeToLiveResponse, ResponseHeader,
 };
-use kvstore_core::store::Outcome;
+use kvstore_core::store::{Outcome, quota};
 use kvstore_core::types::LeaseId;
 use kvstore_core::{Error, lease};
 use tokio_util::sync::CancellationToken;
@@ -32,16 +32,13 @@ pub(super) struct LeaseConfig {
 }
 
 impl LeaseConfig {
-    /// One and a half election timeouts, in whole ticks and then in whole seconds, rounded as etcd rounds (contract 2.8).
     pub(super) fn new(heartbeat_ms: u64, election_timeout_ms: u64) -> LeaseConfig {
-        let heartbeat_ms = heartbeat_ms.max(1);
-        let ticks = 3 * (election_timeout_ms / heartbeat_ms) / 2;
-        LeaseConfig { min_ttl_s: i64::try_from((ticks * heartbeat_ms).div_ceil(1000)).unwrap_or(i64::MAX) }
+        LeaseConfig { min_ttl_s: lease::min_ttl_s(heartbeat_ms, election_timeout_ms) }
     }
 
-    /// The TTL that goes into the log.
-    fn ttl_s(self, asked: i64) -> Result<i64, Error> {
-        if asked > lease::MAX_TTL_S { Err(Error::LeaseTtlTooLarge) } else { Ok(asked.max(self.min_ttl_s)) }
+    /// The TTL that goes into the log; one that is too large is refused there, after what else may refuse it.
+    fn ttl_s(self, asked: i64) -> i64 {
+        asked.max(self.min_ttl_s)
     }
 }
 
@@ -67,7 +64,8 @@ impl LeaseService {
     }
 
     async fn grant(&self, mut request: LeaseGrantRequest) -> Result<LeaseGrantResponse, Error> {
-        request.ttl = self.config.ttl_s(request.ttl)?;
+        self.inbox.check_quota(quota::LEASE_COST).await?;
+        request.ttl = self.config.ttl_s(request.ttl);
         if request.id == 0 {
             request.id = self.inbox.next_id();
         }
@@ -139,12 +137,8 @@ impl Lease for LeaseService {
     }
 
     async fn lease_leases(&self, _: Request<LeaseLeasesRequest>) -> Result<Response<LeaseLeasesResponse>, Status> {
-        let published = self.inbox.published();
-        let all = lease::all(&published.view).map_err(|fatal| {
-            tracing::error!(%fatal, "the lease table can't be read");
-            status(&Error::Stopped)
-        })?;
-        let leases = all.into_iter().map(|lease| LeaseStatus { id: lease.id.0 }).collect();
+        let all = self.inbox.lease_list().await.map_err(|error| status(&error))?;
+        let leases = all.into_iter().map(|id| LeaseStatus { id: id.0 }).collect();
         Ok(Response::new(LeaseLeasesResponse { header: self.header(None), leases }))
     }
 }
@@ -176,17 +170,7 @@ async fn keep_alive(
     let header = service.header(None);
     match service.inbox.lease_keep_alive(LeaseId(id)).await {
         Ok(ttl) => Ok(Some(LeaseKeepAliveResponse { header, id, ttl })),
-        Err(error) => Err(status(&keep_alive_error(error))),
-    }
-}
-
-/// Whoever could not reach a leader's clock in time is told that there is none (contract 2.8).
-fn keep_alive_error(error: Error) -> Error {
-    match error {
-        Error::NotLeader | Error::Timeout | Error::TimeoutDueToLeaderFail | Error::TimeoutDueToConnectionLost => {
-            Error::NoLeader
-        }
-        error => error,
+        Err(error) => Err(status(&error)),
     }
 }
 
@@ -195,21 +179,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_shortest_ttl_is_one_and_a_half_election_timeouts() {
-        assert_eq!(LeaseConfig::new(100, 1000).min_ttl_s, 2);
-        assert_eq!(LeaseConfig::new(500, 5000).min_ttl_s, 8);
-        assert_eq!(LeaseConfig::new(100, 2000).min_ttl_s, 3);
-        assert_eq!(LeaseConfig::new(10, 100).min_ttl_s, 1);
-    }
-
-    #[test]
-    fn ttls_are_raised_and_refused_at_the_door() {
+    fn ttls_are_raised_at_the_door() {
         let config = LeaseConfig::new(100, 1000);
-        assert_eq!(config.ttl_s(0), Ok(2));
-        assert_eq!(config.ttl_s(-5), Ok(2));
-        assert_eq!(config.ttl_s(2), Ok(2));
-        assert_eq!(config.ttl_s(60), Ok(60));
-        assert_eq!(config.ttl_s(9_000_000_000), Ok(9_000_000_000));
-        assert_eq!(config.ttl_s(9_000_000_001), Err(Error::LeaseTtlTooLarge));
+        assert_eq!([-5, 0, 2, 60].map(|asked| config.ttl_s(asked)), [2, 2, 2, 60]);
     }
 }

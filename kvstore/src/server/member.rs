@@ -48,6 +48,7 @@ pub(super) struct Member {
     applier: Mailbox<applier::Job>,
     logger: Mailbox<logger::Job>,
     stop_peers: CancellationToken,
+    pub(super) clock: Clock,
     /// The commit that the log knew at the start: served is only what has applied it.
     committed: Index,
     election_ms: u64,
@@ -88,7 +89,7 @@ impl Member {
         threads.spawn("watch-pump", move || threads::pump(&pumped))?;
         threads.spawn("raft", move || raft.run(&driver_inputs))?;
         let election_ms = config.election_timeout_ms;
-        Ok(Member { inbox, shared, threads, applier, logger, stop_peers, committed, election_ms })
+        Ok(Member { inbox, shared, threads, applier, logger, stop_peers, clock, committed, election_ms })
     }
 
     /// What ends this member early. To be asked for once.
@@ -227,6 +228,7 @@ fn driver_config(config: &Config, owner: &Owner, alone: bool) -> DriverConfig {
         heartbeat_ms: config.heartbeat_interval_ms,
         election_ms: config.election_timeout_ms,
         request_timeout_ms: request_timeout_ms(config),
+        lease_checkpoint_ms: config.lease_checkpoint_interval.map(|interval| interval.as_millis() as u64),
         alone,
     }
 }

@@ -37,6 +37,8 @@ fn config(dir: &TempDir, name: &str, peer: &TcpListener, founders: &[Founder]) -
         max_request_bytes: 1_572_864,
         max_txn_ops: 128,
         watch_progress_notify_interval: Duration::from_secs(600),
+        auto_compaction: None,
+        lease_checkpoint_interval: None,
         log_level: tracing::Level::INFO,
         log_format: LogFormat::Console,
     }
@@ -144,11 +146,16 @@ struct Three {
 
 impl Three {
     fn start(dir: &TempDir) -> Three {
+        Three::start_with(dir, |_| {})
+    }
+
+    fn start_with(dir: &TempDir, change: impl Fn(&mut Config)) -> Three {
         let peers: Vec<TcpListener> = (0..3).map(|_| listener()).collect();
         let founders: Vec<Founder> =
             (0..3).map(|n| Founder { name: format!("m{n}"), peer_urls: vec![url_of(&peers[n]).to_string()] }).collect();
-        let configs: Vec<Config> =
+        let mut configs: Vec<Config> =
             peers.iter().enumerate().map(|(n, peer)| config(dir, &format!("m{n}"), peer, &founders)).collect();
+        configs.iter_mut().for_each(change);
         let members = peers
             .into_iter()
             .zip(&configs)
@@ -259,4 +266,68 @@ fn a_member_that_lags_too_far_is_sent_a_snapshot() {
     (0..3).for_each(|n| three.stop(n));
     let disk = open(&three.configs[away]);
     assert!(disk.state.installed().index > 5_000, "it caught up without a snapshot: {:?}", disk.state.installed());
+}
+
+#[test]
+fn what_is_left_of_a_lease_outlives_its_leader() {
+    let dir = TempDir::new("checkpoints");
+    let mut three = Three::start_with(&dir, |config| {
+        config.lease_checkpoint_interval = Some(Duration::from_secs(1));
+    });
+    let leader = three.leader();
+    let (one, other) = ((leader + 1) % 3, (leader + 2) % 3);
+    let id = LeaseId(7);
+    let checkpointed = |inbox: &Inbox| {
+        let left = kvstore_core::lease::find(&inbox.published().view, id).unwrap();
+        left.map_or(0, |lease| lease.remaining_ttl_s)
+    };
+    three.runtime.block_on(async {
+        let grant = LeaseGrantRequest { id: id.0, ttl: 600 };
+        let request = InternalRaftRequest { lease_grant: Some(grant), ..InternalRaftRequest::default() };
+        three.inbox(one).propose(request).await.unwrap();
+        // What is left reaches every member's table.
+        while !(1..=598).contains(&checkpointed(three.inbox(other))) {
+            tokio::task::yield_now().await;
+        }
+    });
+    three.stop(leader);
+    three.leader();
+    three.runtime.block_on(async {
+        // The next leader goes on from there (an election timeout is 200 ms), and a keep-alive takes it back for good.
+        let left = three.inbox(one).lease_time_to_live(id, false).await.unwrap();
+        assert!(left.granted_ttl == 600 && (1..=599).contains(&left.ttl), "{left:?}");
+        assert_eq!(three.inbox(other).lease_keep_alive(id).await, Ok(600));
+        assert!((599..=600).contains(&three.inbox(one).lease_time_to_live(id, false).await.unwrap().ttl));
+    });
+    (0..3).filter(|n| *n != leader).for_each(|n| three.stop(n));
+}
+
+#[test]
+fn a_member_compacts_by_itself() {
+    let dir = TempDir::new("compacts");
+    let mut three = Three::start(&dir);
+    let leader = three.leader();
+    let follower = (leader + 1) % 3;
+    let compacted = |n: usize| three.inbox(n).published().facts.compacted;
+    let member = |n: usize| three.members[n].as_ref().unwrap();
+    three.runtime.block_on(async {
+        for n in 0..50 {
+            put(three.inbox(leader), "k", &n.to_string()).await;
+        }
+        let retention = Some(kvstore_core::compactor::Retention::Time { ms: 500 });
+        let work = async {
+            while compacted(follower) < 50 || member(follower).inbox.published().facts.compacting {
+                tokio::task::yield_now().await;
+            }
+        };
+        // A follower never asks for it; the leader does, half a second after.
+        tokio::select! {
+            () = compaction::run(&member(follower).inbox, retention, member(follower).clock) => {}
+            () = compaction::run(&member(leader).inbox, retention, member(leader).clock) => {}
+            () = work => {}
+        }
+        assert_eq!(compacted(follower), 51);
+        assert!(contains(get(three.inbox(follower), "k").await, "49"));
+    });
+    (0..3).for_each(|n| three.stop(n));
 }

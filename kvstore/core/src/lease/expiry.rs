@@ -39,8 +39,9 @@ pub struct ExpiryConfig {
     pub max_in_flight: usize,
     /// A revoke that was not applied after so long is handed out again.
     pub retry_ms: u64,
-    /// How often what is left of a long lease is replicated; leases not longer than this are never checkpointed.
-    pub checkpoint_interval_ms: u64,
+    /// How often what is left of a long lease is replicated; leases not longer than this are never checkpointed. `None`:
+    /// nothing is checkpointed (etcd's gate LeaseCheckpoint is off).
+    pub checkpoint_interval_ms: Option<u64>,
     /// Leases in one checkpoint proposal.
     pub checkpoint_batch: usize,
     /// From so many leases on, a promotion spreads their ends…
@@ -58,7 +59,7 @@ impl ExpiryConfig {
             revoke_batch: 500,
             max_in_flight: 16,
             retry_ms: 3_000,
-            checkpoint_interval_ms: 300_000,
+            checkpoint_interval_ms: None,
             checkpoint_batch: 1_000,
             spread_from: 1_000,
             spread_per_second: 750,
@@ -86,7 +87,7 @@ pub enum Renewal {
 /// What is left of a lease.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Remaining {
-    /// Whole seconds, rounded down.
+    /// Whole seconds, rounded towards 0. Of one that has ended and is not revoked yet: since when, negative, as etcd has it.
     pub remaining_s: i64,
     pub granted_s: i64,
 }
@@ -179,21 +180,7 @@ impl Expiry {
         if order.len() >= self.config.spread_from {
             spread(&mut order, self.config.spread_per_second);
         }
-        let mut primary = Primary {
-            term,
-            leases: BTreeMap::new(),
-            ends: BTreeSet::new(),
-            ended: VecDeque::new(),
-            in_flight: BTreeMap::new(),
-            checkpoints: BTreeSet::new(),
-            next_check: now,
-            last_tick: now,
-            doubt: None,
-        };
-        for (ends, lease) in order {
-            primary.insert(&self.config, now, ends, lease);
-        }
-        self.primary = Some(primary);
+        self.primary = Some(Primary::new(&self.config, now, term, &order));
     }
 
     /// This member no longer leads: it forgets all deadlines.
@@ -266,22 +253,23 @@ impl Expiry {
         Renewal::Renewed { ttl_s }
     }
 
-    /// What is left of `id`; `None` if this member is not primary, does not know it, or it has ended (revoked or not).
+    /// What is left of `id`; `None` if this member is not primary or does not know it.
     pub fn remaining(&self, now: Timestamp, id: LeaseId) -> Option<Remaining> {
         let deadline = self.primary.as_ref()?.leases.get(&id)?;
-        if deadline.phase != Phase::Live || deadline.ends <= now {
-            return None;
-        }
-        let remaining_s = (deadline.ends.since_ms(now) / 1000) as i64;
+        let (left_ms, over_ms) = (deadline.ends.since_ms(now), now.since_ms(deadline.ends));
+        let remaining_s = (left_ms / 1000) as i64 - (over_ms / 1000) as i64;
         Some(Remaining { remaining_s, granted_s: deadline.granted_s })
     }
 
-    /// All leases that this primary knows, those that end first coming first.
-    pub fn by_end(&self) -> Vec<LeaseId> {
-        let Some(primary) = &self.primary else { return Vec::new() };
-        let mut all: Vec<(Timestamp, LeaseId)> = primary.leases.iter().map(|(id, d)| (d.ends, *id)).collect();
-        all.sort_unstable();
-        all.into_iter().map(|(_, id)| id).collect()
+    /// All leases that this primary knows, those that end first coming first; `None` if it is none.
+    pub fn by_end(&self) -> Option<Vec<LeaseId>> {
+        let primary = self.primary.as_ref()?;
+        let ended = primary.ended.iter().chain(primary.in_flight.keys());
+        let mut over: Vec<(Timestamp, LeaseId)> =
+            ended.filter_map(|id| Some((primary.leases.get(id)?.ends, *id))).collect();
+        over.sort_unstable();
+        // What was taken up by a check ended before all that was not.
+        Some(over.iter().chain(&primary.ends).map(|(_, id)| *id).collect())
     }
 
     /// Leases to be revoked now: at most `revoke_batch` each `check_interval_ms`, at most `max_in_flight` at once. To be
@@ -351,6 +339,32 @@ impl Deadline {
 }
 
 impl Primary {
+    /// `order`: all leases by their ends. Built in bulk: a promotion may bring a hundred thousand of them.
+    fn new(config: &ExpiryConfig, now: Timestamp, term: Term, order: &[(Timestamp, LeaseState)]) -> Primary {
+        let checkpoint = |lease: &LeaseState| {
+            let left_ms = ms(if lease.remaining_ttl_s > 0 { lease.remaining_ttl_s } else { lease.ttl_s });
+            config.checkpoint_interval_ms.filter(|interval_ms| left_ms > *interval_ms).map(|ms| now.after_ms(ms))
+        };
+        let deadline = |ends, lease: &LeaseState| Deadline {
+            ends,
+            granted_s: lease.ttl_s,
+            remaining_s: lease.remaining_ttl_s,
+            checkpoint: checkpoint(lease),
+            phase: Phase::Live,
+        };
+        Primary {
+            term,
+            leases: order.iter().map(|(ends, lease)| (lease.id, deadline(*ends, lease))).collect(),
+            ends: order.iter().map(|(ends, lease)| (*ends, lease.id)).collect(),
+            ended: VecDeque::new(),
+            in_flight: BTreeMap::new(),
+            checkpoints: order.iter().filter_map(|(_, lease)| Some((checkpoint(lease)?, lease.id))).collect(),
+            next_check: now,
+            last_tick: now,
+            doubt: None,
+        }
+    }
+
     /// Whether this member has been awake without a gap, or has been confirmed since the last one. Remembers a gap.
     fn trusts(&mut self, config: &ExpiryConfig, now: Timestamp) -> bool {
         if now.since_ms(self.last_tick) > 3 * config.tick_ms && self.doubt.is_none() {
@@ -390,8 +404,10 @@ impl Primary {
         if let Some(at) = deadline.checkpoint.take() {
             self.checkpoints.remove(&(at, id));
         }
-        if left_ms > config.checkpoint_interval_ms {
-            let at = now.after_ms(config.checkpoint_interval_ms);
+        if let Some(interval_ms) = config.checkpoint_interval_ms
+            && left_ms > interval_ms
+        {
+            let at = now.after_ms(interval_ms);
             deadline.checkpoint = Some(at);
             self.checkpoints.insert((at, id));
         }

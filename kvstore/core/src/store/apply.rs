@@ -201,12 +201,12 @@ impl<V: ReadView> Step<'_, V> {
         Ok(Outcome::LeaseRevoke(LeaseRevokeResponse { header: self.header() }))
     }
 
-    /// As in etcd, an unknown lease ends the list; those before it are done.
+    /// As in etcd, an unknown lease is passed over, and no alarm refuses a checkpoint.
     fn lease_checkpoint(&mut self, request: &LeaseCheckpointRequest) -> Result<Outcome, ReadError> {
         for checkpoint in &request.checkpoints {
             let id = LeaseId(checkpoint.id);
-            let change = self.store.leases.checkpoint(id, checkpoint.remaining_ttl, self.batch)?;
-            self.applied.leases.push(change);
+            let change = self.store.leases.checkpoint(id, checkpoint.remaining_ttl, self.batch);
+            self.applied.leases.extend(change);
         }
         Ok(Outcome::LeaseCheckpoint(LeaseCheckpointResponse { header: self.header() }))
     }

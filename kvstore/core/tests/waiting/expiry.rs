@@ -60,11 +60,10 @@ impl Teller for Story {
                 self.last_tick = now().0;
             }
             "demote" => expiry.demote(),
-            "grant" => expiry.change(now(), &LeaseChange::Granted { id: id(1), ttl_s: command.word(2) }),
-            "revoke" => expiry.change(now(), &LeaseChange::Revoked { id: id(1) }),
+            "grant" => self.change(now(), &LeaseChange::Granted { id: id(1), ttl_s: command.word(2) }),
+            "revoke" => self.change(now(), &LeaseChange::Revoked { id: id(1) }),
             "checkpoint" => {
-                let change = LeaseChange::Checkpointed { id: id(1), remaining_ttl_s: command.word(2) };
-                expiry.change(now(), &change);
+                self.change(now(), &LeaseChange::Checkpointed { id: id(1), remaining_ttl_s: command.word(2) });
             }
             "tick" => {
                 expiry.tick(now());
@@ -86,7 +85,10 @@ impl Teller for Story {
             },
             "failed" => expiry.revoke_failed(id(0)),
             "checkpoints" => writeln!(out, "{:?}", expiry.checkpoints(now())).unwrap(),
-            "order" => writeln!(out, "{:?}", expiry.by_end()).unwrap(),
+            "order" => match expiry.by_end() {
+                Some(order) => writeln!(out, "{order:?}").unwrap(),
+                None => writeln!(out, "not primary").unwrap(),
+            },
             "ask" => self.keepalives.ask(id(0), command.word(1), Timestamp(command.option("until").unwrap())),
             "drive" => {
                 let (committed, applied) =
@@ -108,6 +110,11 @@ impl Teller for Story {
 }
 
 impl Story {
+    fn change(&mut self, now: Timestamp, change: &LeaseChange) {
+        self.expiry.change(now, change);
+        self.keepalives.changed(change.id());
+    }
+
     /// Revokes everything that falls due between two times, as fast as it may be, and counts a second at a time.
     fn drain_due(&mut self, command: &Command, out: &mut String) {
         let (from, to): (u64, u64) = (command.option("from").unwrap(), command.option("to").unwrap());
@@ -143,6 +150,6 @@ fn config(command: &Command) -> ExpiryConfig {
     set(&mut config.spread_from, "spread-from");
     set(&mut config.spread_per_second, "per-second");
     set(&mut config.checkpoint_batch, "checkpoint-batch");
-    config.checkpoint_interval_ms = command.option("checkpoint").unwrap_or(config.checkpoint_interval_ms);
+    config.checkpoint_interval_ms = command.option("checkpoint");
     config
 }

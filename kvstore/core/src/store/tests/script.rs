@@ -93,7 +93,17 @@ fn run(member: &mut TestMember, current: &mut StoreConfig, line: &str) -> String
         }
         "get" => return get(member, &mut args),
         "compact" => request.compaction = Some(CompactionRequest { revision: args.int(), physical: false }),
-        "grant" => request.lease_grant = Some(LeaseGrantRequest { id: args.int(), ttl: args.int() }),
+        "grant" => {
+            // What the server does before the log.
+            let min_ttl_s = args.option("min").map_or(i64::MIN, |n| n.parse().unwrap());
+            let (id, ttl) = (args.int(), args.int());
+            request.lease_grant = Some(LeaseGrantRequest { id, ttl: ttl.max(min_ttl_s) });
+        }
+        "min-ttl" => {
+            let (heartbeat_ms, election_ms) = (args.int() as u64, args.int() as u64);
+            return format!("{} s", lease::min_ttl_s(heartbeat_ms, election_ms));
+        }
+        "draw" => return format!("{:?}", lease::drawn(RequestId(args.words.remove(0).text().parse().unwrap()))),
         "revoke" => request.lease_revoke = Some(LeaseRevokeRequest { id: args.int() }),
         "checkpoint" => {
             let mut checkpoints = Vec::new();
