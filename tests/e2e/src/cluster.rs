@@ -143,6 +143,11 @@ impl Member {
         self.wrapper = ["ip", "netns", "exec", space].map(str::to_owned).to_vec();
     }
 
+    /// More flags, for this member alone, from its next start on.
+    pub fn add_flags(&mut self, flags: &[&str]) {
+        self.arguments.extend(flags.iter().map(|&flag| flag.to_owned()));
+    }
+
     /// Starts the process, with the same arguments each time.
     pub fn spawn(&mut self) {
         assert!(self.process.is_none(), "{} runs already", self.name);

@@ -99,6 +99,18 @@ pub fn run<T>(body: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(body)
 }
 
+/// Tries until the answer is `Some`, a little apart, for states that nothing announces; panics when patience ends.
+pub async fn until<T>(what: &str, mut attempt: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = std::time::Instant::now() + crate::PATIENCE;
+    loop {
+        if let Some(answer) = attempt().await {
+            return answer;
+        }
+        assert!(std::time::Instant::now() < deadline, "{what}: not within {:?}", crate::PATIENCE);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 /// The end of the range of all keys that begin with `prefix`.
 pub fn prefix_end(prefix: &str) -> bytes::Bytes {
     let mut end = prefix.as_bytes().to_vec();

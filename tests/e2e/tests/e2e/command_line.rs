@@ -14,6 +14,8 @@ on_both!(
     unknown_flags,
     bad_urls,
     bad_timeouts,
+    bad_compaction,
+    bad_gates,
     missing_from_its_own_cluster,
     spellings,
     environment,
@@ -79,6 +81,30 @@ fn bad_timeouts(kind: Kind) {
     refuses(kind, &folder, &["--election-timeout=499", "--heartbeat-interval=100"], "--election-timeout[499ms]");
     refuses(kind, &folder, &["--election-timeout=50001"], "--election-timeout[50001ms]");
     refuses(kind, &folder, &["--heartbeat-interval=0"], "heartbeat-interval");
+}
+
+fn bad_compaction(kind: Kind) {
+    let folder = Folder::new("compaction");
+    refuses(kind, &folder, &["--auto-compaction-mode=hourly"], "unknown auto-compaction-mode \"hourly\"");
+    refuses(kind, &folder, &["--auto-compaction-mode="], "undefined auto-compaction-mode");
+    for (retention, why) in [
+        ("abc", "time: invalid duration"),
+        ("-1", "time: missing unit in duration"),
+        ("1.5", "time: missing unit in duration"),
+        ("3x", "time: unknown unit"),
+    ] {
+        for mode in ["periodic", "revision"] {
+            let flags = [format!("--auto-compaction-mode={mode}"), format!("--auto-compaction-retention={retention}")];
+            refuses(kind, &folder, &flags.each_ref().map(String::as_str), why);
+        }
+    }
+}
+
+fn bad_gates(kind: Kind) {
+    let folder = Folder::new("gates");
+    let alone = "--feature-gates=LeaseCheckpointPersist=true";
+    refuses(kind, &folder, &[alone], "requires enabling feature gate LeaseCheckpoint");
+    refuses(kind, &folder, &["--feature-gates=LeaseCheckpoint=maybe"], "LeaseCheckpoint");
 }
 
 fn missing_from_its_own_cluster(kind: Kind) {

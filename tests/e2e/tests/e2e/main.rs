@@ -21,6 +21,7 @@ macro_rules! on_both {
 }
 
 mod command_line;
+mod compaction;
 mod crash;
 mod differential;
 mod endpoints;
@@ -29,7 +30,9 @@ mod history;
 mod kube;
 mod kv;
 mod lease;
+mod lease_edges;
 mod proxy;
+mod quota;
 mod three;
 mod tidy;
 mod transcript;
