@@ -17,7 +17,8 @@
 //! a revision in one response (or in its fragments); a progress answer with revision R comes after every event up to R,
 //! because it travels in the same queue; and whoever asks for what is compacted is told so.
 //!
-//! What nobody has to pay for: a slow stream holds at most its bound in memory, and catches up from history when it drains;
+//! What nobody has to pay for: a slow stream holds at most its bound in memory (and ten thousand of them no more than all may
+//! hold together), and catches up from history when it drains;
 //! an event is encoded once, whoever watches it; ten thousand watchers of other keys cost an event nothing.
 //!
 //! What this module does not do: gRPC, header ids and terms, permissions, timers (the shell calls [`WatchHub::progress_tick`]),
@@ -46,6 +47,8 @@ pub struct WatchLimits {
     pub queue_frames: usize,
     /// The same, in bytes of memory.
     pub queue_bytes: usize,
+    /// The same for all sessions together: each may hold an even share of it, if that is less.
+    pub total_bytes: usize,
     /// A stream takes no more frames at once than those that reach this size.
     pub take_bytes: usize,
     /// Watchers that asked for fragments get responses below this size (but at least one event): the largest request that etcd
@@ -71,6 +74,7 @@ impl Default for WatchLimits {
         WatchLimits {
             queue_frames: 8192,
             queue_bytes: 2 << 20,
+            total_bytes: 256 << 20,
             take_bytes: 64 << 10,
             fragment_bytes: 2 << 20,
             frame_bytes: 4 << 20,

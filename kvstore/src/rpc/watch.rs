@@ -55,7 +55,8 @@ const LARGE_EVENT: usize = 16 * 1024;
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct WatchConfig {
-    /// `--watch-progress-notify-interval`; a tenth of it at most is added, so that streams don't fire together.
+    /// `--watch-progress-notify-interval`, of which 100 ms is the least; a tenth of it at most is added, so that streams don't fire
+    /// together.
     pub(super) progress_notify_interval: Duration,
     /// The largest request that is read.
     pub(super) max_request_bytes: usize,
@@ -314,7 +315,8 @@ fn trailers(status: &Status) -> HeaderMap {
 /// Fires each interval, a little later for some streams than for others.
 fn progress_timer(interval: Duration, stream: u64) -> Interval {
     let parts = u32::try_from(stream.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54).unwrap_or(0);
-    let period = interval.max(Duration::from_millis(100)) + interval / 10 * parts / 1024;
+    let interval = interval.max(Duration::from_millis(100));
+    let period = interval + interval / 10 * parts / 1024;
     let mut timer = tokio::time::interval(period);
     timer.reset();
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);

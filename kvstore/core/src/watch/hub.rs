@@ -19,7 +19,7 @@ use super::catch_up::{CatchUp, Interest, Source, Want};
 use super::encode::{self, Encoded};
 use super::ranges::{Ranges, Span, WatcherKey};
 use super::recent::Recent;
-use super::session::Session;
+use super::session::{Room, Session};
 use super::{Frame, NO_WATCH, StreamId, WatchLimits, reason};
 use crate::mvcc::RevisionEvents;
 
@@ -229,10 +229,11 @@ impl WatchHub {
     /// Reports the progress of the whole stream, if all its watchers are synced and have reached their start; else the client
     /// has to ask again. One that a compaction ended is not synced until the client has cancelled it too, as in etcd.
     pub fn request_progress(&mut self, stream: StreamId) {
+        let room = self.room();
         let Some(session) = self.sessions.get_mut(&stream) else { return };
         let reached = |key| self.watchers.get(key).is_some_and(|watcher| watcher.has_progress(self.revision));
         let all_reached = !session.watchers.is_empty() && session.watchers.values().all(reached);
-        if all_reached && !session.is_full(&self.limits) {
+        if all_reached && !session.is_full(room) {
             session.push(Frame { watch_id: NO_WATCH, revision: self.revision, ..Frame::default() });
         }
     }
@@ -240,16 +241,13 @@ impl WatchHub {
     /// The stream's progress timer has fired: its watchers that asked for it, and got nothing since the last time, are told how
     /// far they are.
     pub fn progress_tick(&mut self, stream: StreamId) {
+        let room = self.room();
         let Some(session) = self.sessions.get_mut(&stream) else { return };
         let keys: Vec<(i64, WatcherKey)> = session.watchers.iter().map(|(id, key)| (*id, *key)).collect();
         for (watch_id, key) in keys {
             let Some(watcher) = self.watchers.get_mut(&key) else { continue };
             let was_quiet = std::mem::replace(&mut watcher.quiet, true);
-            if watcher.progress_notify
-                && was_quiet
-                && watcher.has_progress(self.revision)
-                && !session.is_full(&self.limits)
-            {
+            if watcher.progress_notify && was_quiet && watcher.has_progress(self.revision) && !session.is_full(room) {
                 session.push(Frame { watch_id, revision: self.revision, ..Frame::default() });
             }
         }
@@ -257,7 +255,8 @@ impl WatchHub {
 
     /// Whether the stream may send another request: its answers would find room.
     pub fn has_room(&self, stream: StreamId) -> bool {
-        self.sessions.get(&stream).is_some_and(|session| !session.is_full(&self.limits))
+        let room = self.room();
+        self.sessions.get(&stream).is_some_and(|session| !session.is_full(room))
     }
 
     /// Whether there is something to take.
@@ -268,9 +267,10 @@ impl WatchHub {
     /// The next frames of the stream, at most `max`. Watchers that waited for room catch up from here
     /// ([`has_catch_up`](WatchHub::has_catch_up)).
     pub fn take(&mut self, stream: StreamId, max: usize) -> Vec<Frame> {
+        let room = self.room();
         let Some(session) = self.sessions.get_mut(&stream) else { return Vec::new() };
         let frames = session.take(max, self.limits.take_bytes);
-        if session.has_drained(&self.limits) {
+        if session.has_drained(room) {
             for key in std::mem::take(&mut session.blocked) {
                 if let Some(watcher) = self.watchers.get_mut(&key) {
                     watcher.place = Place::Queued;
@@ -384,6 +384,7 @@ impl WatchHub {
     /// A slice for those whose turn it is; `None`: nobody is left. The caller reads it outside the lock, and hands it to
     /// [`finish`](WatchHub::finish); if reading fails the member is broken, and nothing has to be finished.
     pub fn next_catch_up(&mut self) -> Option<CatchUp> {
+        let room = self.room();
         let mut slice: Option<CatchUp> = None;
         // Once there is a slice, so many are looked at that might share it; until then, as many as it takes.
         let mut looks = self.queue.len().min(4 * self.limits.catch_up_watchers);
@@ -395,7 +396,7 @@ impl WatchHub {
                 continue;
             }
             let session = self.sessions.get_mut(&watcher.stream).expect("a watcher's stream is open");
-            if session.is_full(&self.limits) {
+            if session.is_full(room) {
                 watcher.place = Place::Blocked;
                 session.blocked.insert(key);
                 continue;
@@ -467,14 +468,19 @@ impl WatchHub {
         true
     }
 
+    fn room(&self) -> Room {
+        Room::new(&self.limits, self.sessions.len())
+    }
+
     /// Moves a batch into its watcher's session; false if that is full: the watcher is blocked then, at the batch's beginning.
     fn flush(&mut self, key: WatcherKey, batch: Batch, wakes: &mut Vec<StreamId>) -> bool {
+        let room = self.room();
         let Some(watcher) = self.watchers.get_mut(&key) else { return false };
         if batch.events.is_empty() {
             return true;
         }
         let session = self.sessions.get_mut(&watcher.stream).expect("a watcher's stream is open");
-        if session.is_full(&self.limits) {
+        if session.is_full(room) {
             if watcher.place == Place::Synced {
                 self.synced.remove(&watcher.interest.span, key);
             }

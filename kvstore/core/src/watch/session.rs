@@ -20,6 +20,21 @@ const EVENT_BYTES: usize = size_of::<Bytes>();
 /// A queue that has run empty keeps room for so many frames: most streams are quiet most of the time.
 const KEPT_FRAMES: usize = 16;
 
+/// What one session may hold: the fewer there are, the more.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    frames: usize,
+    bytes: usize,
+}
+
+impl Room {
+    pub(super) fn new(limits: &WatchLimits, sessions: usize) -> Room {
+        // A queue that is empty is never full: one frame goes in whole.
+        let share = (limits.total_bytes / sessions.max(1)).max(1);
+        Room { frames: limits.queue_frames, bytes: limits.queue_bytes.min(share) }
+    }
+}
+
 #[derive(Default, Debug)]
 pub(super) struct Session {
     queue: VecDeque<Frame>,
@@ -33,13 +48,14 @@ pub(super) struct Session {
 }
 
 impl Session {
-    pub(super) fn is_full(&self, limits: &WatchLimits) -> bool {
-        self.queue.len() >= limits.queue_frames || self.bytes >= limits.queue_bytes
+    /// Whether event frames have to wait outside.
+    pub(super) fn is_full(&self, room: Room) -> bool {
+        self.queue.len() >= room.frames || self.bytes >= room.bytes
     }
 
     /// Whether so much was taken that it is worth catching up again.
-    pub(super) fn has_drained(&self, limits: &WatchLimits) -> bool {
-        self.queue.len() <= limits.queue_frames / 2 && self.bytes <= limits.queue_bytes / 2
+    pub(super) fn has_drained(&self, room: Room) -> bool {
+        self.queue.len() <= room.frames / 2 && self.bytes <= room.bytes / 2
     }
 
     /// The id for a watch that asked for none: from 0 upwards, skipping those in use.

@@ -387,6 +387,7 @@ fn limits() -> impl Strategy<Value = WatchLimits> {
         |(queue_frames, rows, recent, watchers, join, frame_bytes, size)| WatchLimits {
             queue_frames,
             queue_bytes: 300 * size,
+            total_bytes: 400 * size,
             take_bytes: 150 * size,
             fragment_bytes: 100 * size,
             frame_bytes,

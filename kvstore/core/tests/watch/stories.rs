@@ -2,7 +2,7 @@
 //!
 //! | command | |
 //! |---|---|
-//! | `hub revision=N queue-frames=N queue-bytes=N fragment-bytes=N frame-bytes=N recent=N rows=N join=N` | begins anew |
+//! | `hub revision=N queue-frames=N queue-bytes=N total-bytes=N fragment-bytes=N frame-bytes=N recent=N rows=N join=N` | begins anew |
 //! | `open`, `close S` | a stream |
 //! | `create S key=K end=K start=N id=N noput nodelete prev progress fragment` | `\0` is the zero byte, nothing is nothing |
 //! | `ask S nothing` | a request that is none of those we know |
@@ -116,6 +116,7 @@ impl Story {
         let set = |limit: &mut usize, name: &str| *limit = command.option(name).unwrap_or(*limit);
         set(&mut limits.queue_frames, "queue-frames");
         set(&mut limits.queue_bytes, "queue-bytes");
+        set(&mut limits.total_bytes, "total-bytes");
         set(&mut limits.fragment_bytes, "fragment-bytes");
         set(&mut limits.frame_bytes, "frame-bytes");
         set(&mut limits.recent_revisions, "recent");
