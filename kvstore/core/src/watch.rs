@@ -14,7 +14,7 @@
 //! ```
 //!
 //! What a watcher can rely on (contract 2.7): every event of its range from its start revision on, in order, once; all events of
-//! a revision in one response (or in its fragments); a progress answer with revision R comes after every event up to R,
+//! a revision in one response (or in its fragments), and of no other revision unless it catches up; a progress answer with revision R comes after every event up to R,
 //! because it travels in the same queue; and whoever asks for what is compacted is told so.
 //!
 //! What nobody has to pay for: a slow stream holds at most its bound in memory (and ten thousand of them no more than all may
@@ -54,8 +54,8 @@ pub struct WatchLimits {
     /// Watchers that asked for fragments get responses below this size (but at least one event): the largest request that etcd
     /// would read, `--max-request-bytes` and 512 KiB.
     pub fragment_bytes: usize,
-    /// A frame, or a slice of history, that has reached this size ends with its revision. It may be larger than a queue: the
-    /// frame that fills one goes in whole.
+    /// A frame of history, or a slice of it, that has reached this size ends with its revision. It may be larger than a queue:
+    /// the frame that fills one goes in whole.
     pub frame_bytes: usize,
     /// The hub remembers so many of the newest revisions, so that who lags a little needs no history.
     pub recent_revisions: usize,
@@ -92,7 +92,8 @@ impl Default for WatchLimits {
 pub struct Frame {
     /// -1: of no watcher (refused creations, progress of the whole stream).
     pub watch_id: i64,
-    /// Of the header: the hub's revision when this was queued; 0 in a cancellation by compaction.
+    /// Of the header: the events' own, if they were published just now, else the hub's when this was queued; 0 in a cancellation
+    /// by compaction.
     pub revision: i64,
     pub created: bool,
     pub canceled: bool,

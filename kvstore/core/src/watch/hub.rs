@@ -56,7 +56,7 @@ struct Watcher {
     /// No events since the last tick of the progress timer.
     quiet: bool,
     place: Place,
-    /// Where its batch is, during a publication.
+    /// Where its batch is, while a revision is published.
     batch: Option<usize>,
 }
 
@@ -72,7 +72,7 @@ enum Place {
     Blocked,
 }
 
-/// Events of one publication, or one slice, on their way into the session.
+/// Events of one revision, or of one slice, on their way into the session.
 #[derive(Default, Debug)]
 struct Batch {
     events: Vec<Bytes>,
@@ -301,7 +301,6 @@ impl WatchHub {
                 continue;
             }
             let encoded = Encoded::new(changes);
-            let mut heavy = Vec::new();
             for event in &encoded.events {
                 found.clear();
                 self.synced.find(event.key(), &mut found);
@@ -316,25 +315,16 @@ impl WatchHub {
                     if at == batches.len() {
                         batches.push((*key, Batch::default()));
                     }
-                    let batch = &mut batches[at].1;
-                    let was_heavy = batch.bytes >= self.limits.frame_bytes;
-                    batch.add(encoded.revision, bytes.clone());
-                    if !was_heavy && batch.bytes >= self.limits.frame_bytes {
-                        heavy.push(at);
-                    }
+                    batches[at].1.add(encoded.revision, bytes.clone());
                 }
             }
-            for at in heavy {
-                let (key, batch) = &mut batches[at];
-                self.flush(*key, std::mem::take(batch), &mut wakes);
+            for (key, batch) in batches.drain(..) {
+                if let Some(watcher) = self.watchers.get_mut(&key) {
+                    watcher.batch = None;
+                }
+                self.flush(key, batch, encoded.revision, &mut wakes);
             }
             self.recent.push(encoded, &self.limits);
-        }
-        for (key, batch) in batches {
-            if let Some(watcher) = self.watchers.get_mut(&key) {
-                watcher.batch = None;
-            }
-            self.flush(key, batch, &mut wakes);
         }
         wakes.sort_unstable();
         wakes.dedup();
@@ -455,11 +445,13 @@ impl WatchHub {
             for event in events {
                 batch.add(revision, event);
             }
-            if batch.bytes >= self.limits.frame_bytes && !self.flush(key, std::mem::take(&mut batch), wakes) {
+            if batch.bytes >= self.limits.frame_bytes
+                && !self.flush(key, std::mem::take(&mut batch), self.revision, wakes)
+            {
                 return false;
             }
         }
-        if !self.flush(key, batch, wakes) {
+        if !self.flush(key, batch, self.revision, wakes) {
             return false;
         }
         if let Some(watcher) = self.watchers.get_mut(&key) {
@@ -473,7 +465,7 @@ impl WatchHub {
     }
 
     /// Moves a batch into its watcher's session; false if that is full: the watcher is blocked then, at the batch's beginning.
-    fn flush(&mut self, key: WatcherKey, batch: Batch, wakes: &mut Vec<StreamId>) -> bool {
+    fn flush(&mut self, key: WatcherKey, batch: Batch, revision: i64, wakes: &mut Vec<StreamId>) -> bool {
         let room = self.room();
         let Some(watcher) = self.watchers.get_mut(&key) else { return false };
         if batch.events.is_empty() {
@@ -494,7 +486,7 @@ impl WatchHub {
         if wakes.last() != Some(&watcher.stream) {
             wakes.push(watcher.stream);
         }
-        for frame in encode::frames(watcher.id, self.revision, batch.events, watcher.fragment, &self.limits) {
+        for frame in encode::frames(watcher.id, revision, batch.events, watcher.fragment, &self.limits) {
             session.push(frame);
         }
         true

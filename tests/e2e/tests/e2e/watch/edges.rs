@@ -19,6 +19,7 @@ on_both!(
     progress_waits_for_the_lost,
     fragments_of_two_mebibytes,
     created_at_the_present,
+    a_response_a_revision,
 );
 
 fn ids_of_any_sign(kind: Kind) {
@@ -170,5 +171,31 @@ fn created_at_the_present(kind: Kind) {
             refused = watcher.response().await;
         }
         assert_eq!((refused.watch_id, revision(&refused)), (-1, 4), "a refusal says where the store is, too");
+    });
+}
+
+/// However many write at once: a watch that keeps up gets each revision in a response of its own, which bears it.
+fn a_response_a_revision(kind: Kind) {
+    on_one(kind, &[], async |rpc| {
+        let mut watcher = open(rpc, watch("k")).await;
+        let writers: Vec<_> = (0..8)
+            .map(|_| {
+                let mut rpc = rpc.clone();
+                tokio::spawn(async move {
+                    for value in 0..25 {
+                        rpc.put("k", &value.to_string()).await.unwrap();
+                    }
+                })
+            })
+            .collect();
+        for next in 2..202 {
+            let response = watcher.response().await;
+            let revisions: Vec<i64> =
+                response.events.iter().map(|event| event.kv.as_ref().unwrap().mod_revision).collect();
+            assert_eq!((revisions, revision(&response)), (vec![next], next));
+        }
+        for writer in writers {
+            writer.await.unwrap();
+        }
     });
 }
