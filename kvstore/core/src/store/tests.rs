@@ -2,6 +2,7 @@
 
 mod count;
 mod model;
+mod requests;
 mod script;
 mod traps;
 
