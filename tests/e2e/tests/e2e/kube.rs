@@ -1,5 +1,6 @@
 //! The client that matters most: a real kube-apiserver boots on the store, serves kubectl, and leaves what we read ourselves.
 
+mod calls;
 mod churn;
 mod judge;
 mod life;

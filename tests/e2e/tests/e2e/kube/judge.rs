@@ -53,9 +53,10 @@ const AWAY: &[&str] = &[
     "error reading from server: EOF",
     "transport is closing",
     "closing transport due to",
+    "Error from server (Timeout)",
 ];
 
-/// Lines that a program logs or not by chance, on etcd as on ours; each was seen on etcd.
+/// Lines that a program logs or not by chance, on etcd as on ours: they tell of its own tasks, not of what the store did.
 const CHANCE: &[(&str, &str)] = &[
     (r"^apiserver E repairip\.go: .* is not allocated; repairing", "two of its watches tell it in another order"),
     (r"^apiserver E controller\.go: .*namespaces \\?.kube-system\\?. not found", "at boot, a controller was faster"),
@@ -64,6 +65,14 @@ const CHANCE: &[(&str, &str)] = &[
         "its watch of compact_rev_key hears no progress: reconnected, it asks for the revision of the last change",
     ),
     (r"^controllers E replica_set\.go: .*is not as new as written version", "it hears of its own write late"),
+    (
+        r"^controllers [EW] .*(not found|the object has been modified)",
+        "two controllers meet at one object, or one hears late of its deletion",
+    ),
+    (
+        r"^apiserver [EW] (timeout|wrap|typeconverter)\.go: .*([Tt]imeout|openapi)",
+        "a machine so busy that a call within the apiserver takes too long",
+    ),
 ];
 
 const MASKS: &[(&str, &str)] = &[
@@ -72,6 +81,11 @@ const MASKS: &[(&str, &str)] = &[
     ("(bulk|churn|doomed|fresh)/[a-z0-9.-]+", "$1/*"),
     (r"\d+", "#"),
 ];
+
+/// Whether a text is one of a store, or of a server in front of it, that is away for a while.
+pub(super) fn away(text: &str) -> bool {
+    AWAY.iter().any(|words| text.contains(words))
+}
 
 /// What programs complained about.
 #[derive(Debug, Default)]
@@ -99,7 +113,8 @@ pub(super) fn keys(member: &Member) -> BTreeMap<String, usize> {
         keys_only: true,
         ..Default::default()
     };
-    let found = rpc::run(async { Rpc::new(member).range(request).await.unwrap() });
+    let found =
+        eventually("the keys", PATIENCE, || rpc::run(async { Rpc::new(member).range(request.clone()).await.ok() }));
     assert_eq!(found.count, i64::try_from(found.kvs.len()).unwrap());
     let mut keys = BTreeMap::new();
     for kv in found.kvs {
@@ -131,7 +146,7 @@ pub(super) fn complaints(program: &str, lines: &[String]) -> Complaints {
     let mut found = Complaints::default();
     for line in lines {
         let Some(parts) = head.captures(line) else { continue };
-        if AWAY.iter().any(|words| line.contains(words)) {
+        if away(line) {
             found.away += usize::from(&parts[1] != "W");
             continue;
         }
@@ -162,8 +177,11 @@ pub(super) fn members_agree(cluster: &Cluster) -> usize {
         revision,
         ..Default::default()
     };
+    let newest = eventually("the newest revision", PATIENCE, || {
+        rpc::run(async { Rpc::new(&cluster.members[0]).get("compact_rev_key").await.ok()?.header })
+    })
+    .revision;
     rpc::run(async {
-        let newest = Rpc::new(&cluster.members[0]).get("compact_rev_key").await.unwrap().header.unwrap().revision;
         let mut first: Option<Vec<KeyValue>> = None;
         for member in &cluster.members {
             let mut rpc = Rpc::new(member);
@@ -181,6 +199,12 @@ pub(super) fn members_agree(cluster: &Cluster) -> usize {
         }
         first.map_or(0, |kvs| kvs.len())
     })
+}
+
+/// The term: as long as it is the same, the store had its leader all the time.
+pub(super) fn term(cluster: &Cluster) -> u64 {
+    let member = &cluster.members[leader(cluster)];
+    eventually("a term", PATIENCE, || rpc::run(async { Some(Rpc::new(member).status().await.ok()?.raft_term) }))
 }
 
 /// The member that leads, once all that run agree.
