@@ -1,11 +1,13 @@
 //! `bench data`: reads of a store that holds something, ours beside etcd on the same data.
 //!
-//! Both servers are loaded with the same keys in the same order, then changed a little, so that the revision after the load is a
-//! page's pinned one. Each row is asked of both, one after the other: first one request at a time, for its latency, then
-//! several at once, for requests a second and the server's CPU a request. Answers are bytes to the generator: it decodes
+//! Both servers are loaded with the same keys in the same order, started again and changed a little, so that the revision
+//! after the load is a page's pinned one. Each row is asked of both, one after the other: first one request at a time, for
+//! its latency, then several at once, for requests a second and the server's CPU a request. Answers are bytes to the generator: it decodes
 //! none while it measures. Before that, each row's answer is decoded once and must be the same of both.
 //!
-//! What it does not do: writes beside the reads, and data larger than memory.
+//! At the end pages are asked for while random keys are put, of more data than the cache holds at the larger size.
+//!
+//! What it does not do: data larger than memory.
 
 mod ask;
 mod load;
@@ -16,12 +18,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use e2e::rpc::{self, Rpc};
 use e2e::{Cluster, Kind};
+use tonic::{Code, Status};
 
 use ask::{Question, Sample};
 use load::Loaded;
-use tonic::{Code, Status};
 
 const SERVER_CORE: usize = 0;
 const GENERATOR_CORE: &str = "1";
@@ -112,6 +113,10 @@ fn measure(keys: u64, value_size: usize, only: &str) -> Result<Measured> {
         rows.push((question.name, our_sample));
     }
     println!("{}", table::costs(&costs(&ours), &costs(&theirs)));
+    if "puts".contains(only) {
+        let beside = |served: &Served| ask::beside_puts(&url(served), &served.loaded, value_size);
+        println!("{}", table::beside(&beside(&ours)?, &beside(&theirs)?));
+    }
     Ok(Measured { keys, rows })
 }
 
@@ -134,7 +139,7 @@ fn costs(served: &Served) -> [(&'static str, f64); 5] {
     ]
 }
 
-/// Starts a server, loads it, and starts it again.
+/// Starts a server, loads it, starts it again, and changes some keys.
 fn serve(kind: Kind, keys: u64, value_size: usize) -> Result<Served> {
     let quota = ["--quota-backend-bytes=17179869184"];
     let mut cluster = Cluster::prepare(kind, 1, &quota).context("a server is missing (make peers)")?;
@@ -143,7 +148,7 @@ fn serve(kind: Kind, keys: u64, value_size: usize) -> Result<Served> {
     member.restart();
     let url = member.client_url();
     let begun = Instant::now();
-    let loaded = load::load(&url, keys, value_size).with_context(|| format!("loading {kind:?}"))?;
+    let pinned = load::load(&url, keys, value_size).with_context(|| format!("loading {kind:?}"))?;
     let load = begun.elapsed();
     let rss_loaded = member.process().resident();
     member.stop();
@@ -152,9 +157,7 @@ fn serve(kind: Kind, keys: u64, value_size: usize) -> Result<Served> {
     member.restart();
     let open = begun.elapsed();
     let rss_opened = member.process().resident();
-    let revision = rpc::run(async { Rpc::to(&url, Duration::from_secs(60)).get("/").await })?;
-    let revision = revision.header.context("a header")?.revision;
-    ensure!(revision == loaded.revision, "{kind:?} came back at revision {revision}, not {}", loaded.revision);
+    let loaded = load::change(&url, keys, value_size, pinned).with_context(|| format!("changing {kind:?}"))?;
     Ok(Served { cluster, loaded, load, open, rss_loaded, rss_opened, disk })
 }
 

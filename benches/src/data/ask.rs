@@ -14,7 +14,7 @@ use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
-use super::load::{Loaded, pod};
+use super::load::{Loaded, pod, random_puts};
 use crate::measure::cpu;
 
 /// How long each part of a measurement goes on, and how many requests it makes at least.
@@ -23,6 +23,7 @@ const LEAST_REQUESTS: usize = 5;
 const MOST_REQUESTS: usize = 20_000;
 const IN_FLIGHT: usize = 8;
 const CONNECTIONS: usize = 4;
+const PUTS_IN_FLIGHT: usize = 64;
 /// Different requests of one row.
 const REQUESTS: u64 = 64;
 
@@ -117,6 +118,10 @@ impl Question {
         })
     }
 
+    fn method(&self) -> Method {
+        if self.stream { Method::RangeStream } else { Method::Range }
+    }
+
     pub(crate) fn sample(&self, url: &str, server: u32) -> Result<Sample> {
         let bodies: Arc<[Bytes]> = self.requests.iter().map(|request| request.encode_to_vec().into()).collect();
         let least = if self.stream { 1 } else { LEAST_REQUESTS };
@@ -124,21 +129,20 @@ impl Question {
             let channels: Vec<Channel> = (0..CONNECTIONS).map(|_| channel(url)).collect::<Result<_>>()?;
             // Warm: connections, caches.
             for channel in &channels {
-                run(channel, self.stream, &bodies, &Shared::new(Duration::ZERO, 1)).await?;
+                run(channel, self.method(), &bodies, &Shared::new(Duration::ZERO, 1)).await?;
             }
             let before = cpu(server)?;
-            let (mut latencies, _) = together(&channels, 1, self.stream, &bodies, least).await?;
+            let (mut latencies, _) = together(&channels, 1, self.method(), &bodies, least).await?;
             let alone = (cpu(server)? - before).as_secs_f64() * 1e6 / latencies.len() as f64;
             latencies.sort_unstable();
-            let percentile = |share: usize| latencies[(latencies.len() - 1) * share / 100].as_secs_f64() * 1e3;
-            let (p50_ms, p99_ms) = (percentile(50), percentile(99));
+            let (p50_ms, p99_ms) = (percentile(&latencies, 50), percentile(&latencies, 99));
             if self.stream {
                 let all: f64 = latencies.iter().map(Duration::as_secs_f64).sum();
                 let requests_per_second = latencies.len() as f64 / all;
                 return Ok(Sample { p50_ms, p99_ms, requests_per_second, cpu_us: alone });
             }
             let before = cpu(server)?;
-            let (done, wall) = together(&channels, IN_FLIGHT, self.stream, &bodies, least).await?;
+            let (done, wall) = together(&channels, IN_FLIGHT, self.method(), &bodies, least).await?;
             Ok(Sample {
                 p50_ms,
                 p99_ms,
@@ -146,6 +150,59 @@ impl Question {
                 cpu_us: (cpu(server)? - before).as_secs_f64() * 1e6 / done.len() as f64,
             })
         })
+    }
+}
+
+fn percentile(sorted: &[Duration], share: usize) -> f64 {
+    sorted[(sorted.len() - 1) * share / 100].as_secs_f64() * 1e3
+}
+
+/// What one server did with pages while it took puts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Beside {
+    pub(crate) puts_per_second: f64,
+    pub(crate) put_p99_ms: f64,
+    pub(crate) page_p50_ms: f64,
+    pub(crate) page_p99_ms: f64,
+}
+
+/// Pages, one at a time, beside random updates of all pods, many at a time.
+pub(crate) fn beside_puts(url: &str, loaded: &Loaded, value_size: usize) -> Result<Beside> {
+    let pages = Question::all(loaded).into_iter().find(|question| question.name == Question::PAGE);
+    let pages: Arc<[Bytes]> = pages.context("the page")?.requests.iter().map(|r| r.encode_to_vec().into()).collect();
+    let puts: Arc<[Bytes]> = random_puts(loaded, value_size).iter().map(|r| r.encode_to_vec().into()).collect();
+    rpc::run(async {
+        let channels: Vec<Channel> = (0..CONNECTIONS).map(|_| channel(url)).collect::<Result<_>>()?;
+        let (put, paged) = tokio::join!(
+            together(&channels, PUTS_IN_FLIGHT, Method::Put, &puts, LEAST_REQUESTS),
+            together(&channels[..1], 1, Method::Range, &pages, LEAST_REQUESTS),
+        );
+        let ((mut puts, wall), (mut pages, _)) = (put?, paged?);
+        puts.sort_unstable();
+        pages.sort_unstable();
+        Ok(Beside {
+            puts_per_second: puts.len() as f64 / wall.as_secs_f64(),
+            put_p99_ms: percentile(&puts, 99),
+            page_p50_ms: percentile(&pages, 50),
+            page_p99_ms: percentile(&pages, 99),
+        })
+    })
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Method {
+    Range,
+    RangeStream,
+    Put,
+}
+
+impl Method {
+    fn path(self) -> &'static str {
+        match self {
+            Method::Range => "/etcdserverpb.KV/Range",
+            Method::RangeStream => "/etcdserverpb.KV/RangeStream",
+            Method::Put => "/etcdserverpb.KV/Put",
+        }
     }
 }
 
@@ -172,7 +229,7 @@ impl Shared {
 async fn together(
     channels: &[Channel],
     clients: usize,
-    stream: bool,
+    method: Method,
     bodies: &Arc<[Bytes]>,
     least: usize,
 ) -> Result<(Vec<Duration>, Duration)> {
@@ -181,7 +238,7 @@ async fn together(
     let mut running = tokio::task::JoinSet::new();
     for channel in channels.iter().cycle().take(clients) {
         let (channel, bodies, shared) = (channel.clone(), Arc::clone(bodies), Arc::clone(&shared));
-        running.spawn(async move { run(&channel, stream, &bodies, &shared).await });
+        running.spawn(async move { run(&channel, method, &bodies, &shared).await });
     }
     let mut latencies = Vec::new();
     while let Some(client) = running.join_next().await {
@@ -191,19 +248,21 @@ async fn together(
     Ok((latencies, begun.elapsed()))
 }
 
-async fn run(channel: &Channel, stream: bool, bodies: &[Bytes], shared: &Shared) -> Result<Vec<Duration>> {
+async fn run(channel: &Channel, method: Method, bodies: &[Bytes], shared: &Shared) -> Result<Vec<Duration>> {
     let mut grpc = tonic::client::Grpc::new(channel.clone()).max_decoding_message_size(usize::MAX);
     let mut latencies = Vec::new();
     loop {
         let number = shared.next.fetch_add(1, Ordering::Relaxed);
-        if number >= shared.least && (number >= MOST_REQUESTS || Instant::now() >= shared.end) {
+        if number >= shared.least
+            && ((method != Method::Put && number >= MOST_REQUESTS) || Instant::now() >= shared.end)
+        {
             return Ok(latencies);
         }
         let request = Request::new(bodies[number % bodies.len()].clone());
         grpc.ready().await.context("the server is away")?;
         let begun = Instant::now();
-        let received = if stream {
-            let path = PathAndQuery::from_static("/etcdserverpb.KV/RangeStream");
+        let path = PathAndQuery::from_static(method.path());
+        let received = if method == Method::RangeStream {
             let mut stream = grpc.server_streaming(request, path, Raw).await?.into_inner();
             let mut received = 0;
             while let Some(part) = stream.message().await? {
@@ -211,7 +270,7 @@ async fn run(channel: &Channel, stream: bool, bodies: &[Bytes], shared: &Shared)
             }
             received
         } else {
-            grpc.unary(request, PathAndQuery::from_static("/etcdserverpb.KV/Range"), Raw).await?.into_inner()
+            grpc.unary(request, path, Raw).await?.into_inner()
         };
         latencies.push(begun.elapsed());
         ensure!(received > 0, "an empty answer");

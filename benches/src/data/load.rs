@@ -60,13 +60,25 @@ fn put(n: u64, keys: u64, value_size: usize) -> Request {
     Request::RequestPut(PutRequest { key: key.into(), value: value.into(), ..Default::default() })
 }
 
+/// Updates of pods all over the keyspace, each of another.
+pub(crate) fn random_puts(loaded: &Loaded, value_size: usize) -> Vec<PutRequest> {
+    let pods = loaded.keys - OTHERS;
+    let scattered = |n: u64| n.wrapping_mul(0x9e37_79b9_7f4a_7c15) % pods;
+    let put = |n: u64| PutRequest {
+        key: pod(scattered(n)).into(),
+        value: value(n, value_size).into(),
+        ..PutRequest::default()
+    };
+    (1..=20_000).map(put).collect()
+}
+
 fn txn(requests: impl Iterator<Item = Request>) -> TxnRequest {
     let success = requests.map(|request| RequestOp { request: Some(request) }).collect();
     TxnRequest { success, ..Default::default() }
 }
 
-/// Loads `keys` keys, then changes some.
-pub(crate) fn load(url: &str, keys: u64, value_size: usize) -> Result<Loaded> {
+/// Loads `keys` keys and returns the revision after them.
+pub(crate) fn load(url: &str, keys: u64, value_size: usize) -> Result<i64> {
     ensure!(keys > 2 * OTHERS, "at least {} keys, please", 2 * OTHERS + 1);
     let (next, url) = (Arc::new(AtomicU64::new(0)), url.to_owned());
     rpc::run(async {
@@ -90,6 +102,16 @@ pub(crate) fn load(url: &str, keys: u64, value_size: usize) -> Result<Loaded> {
         let mut rpc = Rpc::to(&url, Duration::from_secs(60));
         let pinned = rpc.get("/").await?.header.context("a header")?.revision;
         ensure!(pinned as u64 == 1 + keys.div_ceil(PUTS_A_TXN), "the load ended at revision {pinned}");
+        Ok(pinned)
+    })
+}
+
+/// Changes some keys of a store that was loaded and is at revision `pinned`.
+pub(crate) fn change(url: &str, keys: u64, value_size: usize, pinned: i64) -> Result<Loaded> {
+    rpc::run(async {
+        let mut rpc = Rpc::to(url, Duration::from_secs(60));
+        let found = rpc.get("/").await?.header.context("a header")?.revision;
+        ensure!(found == pinned, "it came back at revision {found}, not {pinned}");
         let pods = keys - OTHERS;
         for n in 0..CHANGES {
             // Spread over all pods; the same number is never taken twice.
