@@ -19,7 +19,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, Request, Response};
 use http_body::{Body as HttpBody, Frame as BodyFrame};
 use hyper::body::Incoming;
@@ -229,19 +229,11 @@ impl WatchBody {
     }
 
     fn encode(&mut self, frames: Vec<Frame>) {
-        let head = header(&self.inbox, 0);
-        let framed: Vec<Framed> = frames
-            .into_iter()
-            .map(|frame| Framed::new(ResponseHeader { revision: frame.revision, ..head }, frame))
-            .collect();
-        let copied = framed.iter().map(Framed::copied_len).sum();
-        let mut buffer = BytesMut::with_capacity(copied);
-        for response in &framed {
-            response.encode(&mut buffer, &mut self.chunks);
+        let mut encoder = Encoder::new(header(&self.inbox, 0), &frames);
+        for frame in frames {
+            encoder.put(frame, &mut self.chunks);
         }
-        if !buffer.is_empty() {
-            self.chunks.push_back(buffer.freeze());
-        }
+        encoder.finish(&mut self.chunks);
     }
 }
 
@@ -323,19 +315,49 @@ fn progress_timer(interval: Duration, stream: u64) -> Interval {
     timer
 }
 
-/// A response of which only the head has still to be encoded.
-struct Framed {
-    head: WatchResponse,
-    events: Vec<Bytes>,
+/// Writes frames as messages with their prefixes, as many as there are into one chunk.
+struct Encoder {
+    header: ResponseHeader,
+    /// The header as it stands in a response, of the revision above: most frames in a row have the same.
+    header_field: Vec<u8>,
+    buffer: Vec<u8>,
 }
 
-/// Tag of `WatchResponse.events`.
+/// Tags of `WatchResponse.header` and `WatchResponse.events`.
+const HEADER: u8 = 0x0a;
 const EVENTS: u8 = 0x5a;
 
-impl Framed {
-    fn new(header: ResponseHeader, frame: Frame) -> Framed {
-        let head = WatchResponse {
-            header: Some(header),
+/// At most what surrounds the events of a frame, without a reason; and one event.
+const HEAD_BYTES: usize = 128;
+const FIELD_BYTES: usize = 8;
+
+impl Encoder {
+    /// For these frames, whose revisions go into `header`.
+    fn new(header: ResponseHeader, frames: &[Frame]) -> Encoder {
+        let copied = |event: &Bytes| FIELD_BYTES + if event.len() < LARGE_EVENT { event.len() } else { 0 };
+        let size =
+            |frame: &Frame| HEAD_BYTES + frame.cancel_reason.len() + frame.events.iter().map(copied).sum::<usize>();
+        let buffer = Vec::with_capacity(frames.iter().map(size).sum());
+        let mut encoder = Encoder { header, header_field: Vec::new(), buffer };
+        encoder.turn_to(frames.first().map_or(0, |frame| frame.revision));
+        encoder
+    }
+
+    fn turn_to(&mut self, revision: i64) {
+        self.header.revision = revision;
+        self.header_field.clear();
+        self.header_field.push(HEADER);
+        encode_varint(self.header.encoded_len() as u64, &mut self.header_field);
+        self.header.encode_raw(&mut self.header_field);
+    }
+
+    /// What is small goes into the buffer, and what is large, after what the buffer held by then, into `chunks`.
+    fn put(&mut self, frame: Frame, chunks: &mut VecDeque<Bytes>) {
+        if frame.revision != self.header.revision {
+            self.turn_to(frame.revision);
+        }
+        let rest = WatchResponse {
+            header: None,
             watch_id: frame.watch_id,
             created: frame.created,
             canceled: frame.canceled,
@@ -344,37 +366,30 @@ impl Framed {
             fragment: frame.fragment,
             events: Vec::new(),
         };
-        Framed { head, events: frame.events }
-    }
-
-    /// Writes the message with its prefix: what is small into `buffer`, and what is large, after what `buffer` held by then,
-    /// into `chunks`.
-    fn encode(&self, buffer: &mut BytesMut, chunks: &mut VecDeque<Bytes>) {
-        let len = u32::try_from(self.encoded_len()).expect("a response is below 4 GiB: the hub's frames are bounded");
-        buffer.put_u8(0);
-        buffer.put_u32(len);
-        self.head.encode_raw(buffer);
-        for event in &self.events {
-            buffer.put_u8(EVENTS);
-            encode_varint(event.len() as u64, buffer);
+        let field = |event: &Bytes| 1 + encoded_len_varint(event.len() as u64) + event.len();
+        let events = frame.events.iter().map(field).sum::<usize>();
+        let len = u32::try_from(self.header_field.len() + rest.encoded_len() + events)
+            .expect("a response is below 4 GiB: the hub's frames are bounded");
+        self.buffer.push(0);
+        self.buffer.extend_from_slice(&len.to_be_bytes());
+        self.buffer.extend_from_slice(&self.header_field);
+        rest.encode_raw(&mut self.buffer);
+        for event in frame.events {
+            self.buffer.push(EVENTS);
+            encode_varint(event.len() as u64, &mut self.buffer);
             if event.len() < LARGE_EVENT {
-                buffer.put_slice(event);
+                self.buffer.extend_from_slice(&event);
             } else {
-                chunks.push_back(buffer.split().freeze());
-                chunks.push_back(event.clone());
+                chunks.push_back(std::mem::take(&mut self.buffer).into());
+                chunks.push_back(event);
             }
         }
     }
 
-    fn encoded_len(&self) -> usize {
-        let field = |event: &Bytes| 1 + encoded_len_varint(event.len() as u64) + event.len();
-        self.head.encoded_len() + self.events.iter().map(field).sum::<usize>()
-    }
-
-    /// The bytes that [`encode`](Framed::encode) writes into its buffer.
-    fn copied_len(&self) -> usize {
-        let large = self.events.iter().map(Bytes::len).filter(|len| *len >= LARGE_EVENT).sum::<usize>();
-        PREFIX + self.encoded_len() - large
+    fn finish(self, chunks: &mut VecDeque<Bytes>) {
+        if !self.buffer.is_empty() {
+            chunks.push_back(self.buffer.into());
+        }
     }
 }
 
@@ -403,15 +418,6 @@ mod tests {
             events: events.iter().map(|event| Bytes::from(event.encode_to_vec())).collect(),
             ..Frame::default()
         };
-        let framed = Framed::new(header, frame);
-        let (mut buffer, mut chunks) = (BytesMut::with_capacity(framed.copied_len()), VecDeque::new());
-        let room = buffer.capacity();
-        framed.encode(&mut buffer, &mut chunks);
-        chunks.push_back(buffer.freeze());
-        let copied = chunks.iter().map(Bytes::len).filter(|len| *len < LARGE_EVENT).sum::<usize>();
-        assert_eq!((room, chunks.len()), (copied, 5), "the buffer is as large as it has to be");
-        let out: Vec<u8> = chunks.iter().flatten().copied().collect();
-        assert_eq!(out[..PREFIX], [&[0], &((out.len() - PREFIX) as u32).to_be_bytes()[..]].concat());
         let expected = WatchResponse {
             header: Some(header),
             watch_id: -1,
@@ -422,7 +428,30 @@ mod tests {
             fragment: true,
             events,
         };
-        assert_eq!(out[PREFIX..], expected.encode_to_vec());
+        let other = WatchResponse {
+            header: Some(ResponseHeader { revision: 0, ..header }),
+            watch_id: 3,
+            created: true,
+            ..WatchResponse::default()
+        };
+        let small = Frame { watch_id: 3, created: true, ..Frame::default() };
+        let frames = vec![frame.clone(), small, frame];
+        let (mut encoder, mut chunks) = (Encoder::new(header, &frames), VecDeque::new());
+        let room = encoder.buffer.capacity();
+        frames.into_iter().for_each(|frame| encoder.put(frame, &mut chunks));
+        encoder.finish(&mut chunks);
+        assert!(chunks.iter().map(Bytes::len).filter(|len| *len < LARGE_EVENT).sum::<usize>() <= room);
+        assert_eq!(
+            chunks.iter().filter(|chunk| chunk.len() >= LARGE_EVENT).count(),
+            4,
+            "large events are their own chunks"
+        );
+        let mut out: Bytes = chunks.iter().flatten().copied().collect::<Vec<u8>>().into();
+        for expected in [&expected, &other, &expected] {
+            let (flag, len) = (out.get_u8(), out.get_u32() as usize);
+            assert_eq!((flag, &out.split_to(len)[..]), (0, &expected.encode_to_vec()[..]));
+        }
+        assert!(out.is_empty());
     }
 
     fn framed(request: &WatchRequest) -> Vec<u8> {
