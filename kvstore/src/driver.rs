@@ -393,7 +393,8 @@ impl Driver {
             }
             None => {}
         }
-        if new.leader.is_some() && new.leader != self.leadership.leader {
+        // etcd notes it on the member that was elected only: others call the same timeout a timeout.
+        if new.is_leader && new.leader != self.leadership.leader {
             self.pending.leader_elected(self.ticks);
         }
         if !new.is_leader {

@@ -147,7 +147,7 @@ impl<W> Pending<W> {
         released
     }
 
-    /// A leader became known, another than before or after none.
+    /// This member was elected, after another or none.
     pub fn leader_elected(&mut self, now: Ticks) {
         self.leader_elected = Some(now);
     }
@@ -182,7 +182,7 @@ impl<W> Pending<W> {
     }
 
     /// Why a proposal made at `since` may have gone unanswered (contract 2.4; the window is two election timeouts before
-    /// the present leader was elected).
+    /// this member was elected, if it was).
     fn explain(&self, since: Ticks, link: Link) -> Error {
         if let Some(elected) = self.leader_elected
             && since < elected

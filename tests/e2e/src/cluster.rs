@@ -61,6 +61,11 @@ impl Cluster {
             Kind::Keelson => Program::Keelson,
             Kind::Etcd => Program::Etcd,
         })?;
+        Some(Cluster::prepare_program(program, kind, size, extra))
+    }
+
+    /// The same with another program of its kind.
+    pub fn prepare_program(program: PathBuf, kind: Kind, size: usize, extra: &[&str]) -> Cluster {
         let folder = Folder::new(match kind {
             Kind::Keelson => "keelson",
             Kind::Etcd => "etcd",
@@ -88,7 +93,7 @@ impl Cluster {
                 member
             })
             .collect();
-        Some(Cluster { kind, members, folder })
+        Cluster { kind, members, folder }
     }
 
     pub fn folder(&self) -> &Path {

@@ -2,16 +2,20 @@
 //!
 //! The corpus is `tests/e2e/differential/<area>/<case>.txt` (its language: [`script`]); what may differ is said in `masks.txt` there,
 //! with the reason, and nowhere else. [`player`] plays a story on one side over a client that sees bytes, headers, trailers and
-//! resets ([`wire`]); here both sides' answers are held against each other.
+//! resets ([`wire`]); here both sides' answers are held against each other. [`random`] plays seeded sequences the same way and
+//! makes a difference small; [`texts`] shows that each text of the error table is held by a case.
 //!
-//! `KEELSON_STORY=area/case` plays stories by name, and `KEELSON_SHOW=1` shows what etcd answered to each step.
+//! `KEELSON_STORY=area/case` plays stories by name, and `KEELSON_SHOW=1` shows what etcd answered to each step;
+//! `KEELSON_SEED=n` plays one random sequence.
 //!
 //! What it does not do: it says nothing of speed, and of several members only what a story with `members 3` asks.
 
 mod mask;
 mod player;
+mod random;
 mod schema;
 mod script;
+mod texts;
 mod wire;
 
 use std::io::Write;
@@ -48,7 +52,7 @@ macro_rules! areas {
     };
 }
 
-areas!(range, put, delete, txn, compact, watch, lease, maintenance, cluster, transport, kubernetes);
+areas!(range, put, delete, txn, compact, watch, lease, maintenance, cluster, transport, kubernetes, texts);
 
 fn corpus() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("differential")
@@ -94,13 +98,14 @@ fn area(name: &str) {
     let masks = Masks::load();
     let stories = script::area(&corpus().join(name));
     let only = std::env::var("KEELSON_STORY").unwrap_or_default();
-    let (mut pair, mut told, mut steps) = (None, Vec::new(), 0);
+    let (mut pair, mut told, mut cases, mut steps) = (None, Vec::new(), 0, 0);
     for story in stories.iter().filter(|story| story.name.contains(&only)) {
         let Some(mut both) = Pair::suited(pair.take(), story) else { return };
         let (ours, etcd) = both.play(story, &masks);
         if std::env::var_os("KEELSON_SHOW").is_some() {
             tell(&shown(story, &etcd));
         }
+        cases += 1;
         steps += story.steps.len();
         let found = differences(story, &ours, &etcd);
         // After a difference the revisions may differ as well: the next story shall not suffer for it.
@@ -108,7 +113,7 @@ fn area(name: &str) {
         told.extend(found);
     }
     assert!(told.is_empty(), "{} differences\n{}", told.len(), told.join("\n"));
-    tell(&format!("differential: {name}: {} cases, {steps} steps", stories.len()));
+    tell(&format!("differential: {name}: {cases} cases, {steps} steps"));
 }
 
 /// Each step whose answers differ, told.

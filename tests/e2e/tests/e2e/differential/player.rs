@@ -3,10 +3,12 @@
 //! What it does not do: it judges nothing but what no comparison would show (a revision split in two, events out of order).
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::Bytes;
-use e2e::{Cluster, Kind};
+use e2e::cluster::READY;
+use e2e::{Cluster, Kind, Member};
 use prost_reflect::MessageDescriptor;
 use tokio::time::Instant;
 
@@ -27,6 +29,8 @@ pub(super) struct Side {
     clients: Vec<Option<Client>>,
     /// Played on already.
     used: bool,
+    /// A story has stopped or killed members: it was the last one here.
+    stopped: bool,
 }
 
 /// What one step brought to light.
@@ -58,15 +62,27 @@ impl Side {
     /// Starts a store of its own; `None` after a loud skip because a program is missing.
     pub(super) fn start(kind: Kind, needs: &Needs) -> Option<Side> {
         let flags: Vec<&str> = needs.flags.iter().map(String::as_str).collect();
-        let cluster = Cluster::start_with(kind, needs.members.max(1), &flags)?;
+        Some(Side::of(Cluster::start_with(kind, needs.members.max(1), &flags)?, needs))
+    }
+
+    /// The same of another program than the built one.
+    pub(super) fn start_program(program: PathBuf, needs: &Needs) -> Side {
+        let flags: Vec<&str> = needs.flags.iter().map(String::as_str).collect();
+        let mut cluster = Cluster::prepare_program(program, Kind::Keelson, needs.members.max(1), &flags);
+        cluster.members.iter_mut().for_each(Member::spawn);
+        cluster.members.iter().for_each(Member::wait_ready);
+        Side::of(cluster, needs)
+    }
+
+    fn of(cluster: Cluster, needs: &Needs) -> Side {
         let clients = vec![None; cluster.members.len()];
-        Some(Side { cluster, needs: needs.clone(), clients, used: false })
+        Side { cluster, needs: needs.clone(), clients, used: false, stopped: false }
     }
 
     /// Whether a story may be played here after those before it.
     pub(super) fn suits(&self, needs: &Needs) -> bool {
         let clean = self.clients.len() == 1 && !needs.fresh || !self.used;
-        clean && self.needs.flags == needs.flags && self.needs.members == needs.members
+        clean && !self.stopped && self.needs.flags == needs.flags && self.needs.members == needs.members
     }
 
     async fn client(&mut self, member: usize) -> Result<Client, String> {
@@ -99,6 +115,22 @@ impl Side {
     /// Takes away what earlier stories left, in a fixed order, and says the revision then.
     async fn clean(&mut self) -> Result<String, String> {
         if self.used {
+            // First the alarms, for they refuse the rest.
+            let alarms = self.ask(0, "Maintenance/Alarm", "").await?;
+            for field in fields(&alarms).into_iter().flatten().filter(|field| field.number == 2) {
+                let Value::Bytes(alarm) = field.value else { continue };
+                let numbers: Vec<(u32, u64)> = fields(alarm)
+                    .into_iter()
+                    .flatten()
+                    .filter_map(|field| match field.value {
+                        Value::Number(number) => Some((field.number, number)),
+                        _ => None,
+                    })
+                    .collect();
+                let number = |of| numbers.iter().find(|(number, _)| *number == of).map_or(0, |(_, value)| *value);
+                let request = format!("action: DEACTIVATE memberID: {} alarm: {}", number(1), number(2));
+                self.ask(0, "Maintenance/Alarm", &request).await?;
+            }
             self.ask(0, "KV/DeleteRange", r#"key: "\0" range_end: "\0""#).await?;
             let leases = self.ask(0, "Lease/LeaseLeases", "").await?;
             let ids: Vec<i64> = fields(&leases)
@@ -115,21 +147,6 @@ impl Side {
                 .collect();
             for id in ids {
                 self.ask(0, "Lease/LeaseRevoke", &format!("ID: {id}")).await?;
-            }
-            let alarms = self.ask(0, "Maintenance/Alarm", "").await?;
-            for field in fields(&alarms).into_iter().flatten().filter(|field| field.number == 2) {
-                let Value::Bytes(alarm) = field.value else { continue };
-                let numbers: Vec<(u32, u64)> = fields(alarm)
-                    .into_iter()
-                    .flatten()
-                    .filter_map(|field| match field.value {
-                        Value::Number(number) => Some((field.number, number)),
-                        _ => None,
-                    })
-                    .collect();
-                let number = |of| numbers.iter().find(|(number, _)| *number == of).map_or(0, |(_, value)| *value);
-                let request = format!("action: DEACTIVATE memberID: {} alarm: {}", number(1), number(2));
-                self.ask(0, "Maintenance/Alarm", &request).await?;
             }
         }
         self.used = true;
@@ -206,6 +223,48 @@ struct Stream {
     ended: bool,
 }
 
+/// Finds out that a stream is up to date. A create that is refused marks the end of all answers to earlier requests; then a progress
+/// request marks the end of all events. Both are needed: etcd sends answers and events on ways of their own.
+struct Quiet {
+    /// What a progress answer must tell at least: one that was asked for earlier says nothing of what happened since.
+    revision: i64,
+    marked: bool,
+    asked: Option<Instant>,
+    reached: bool,
+}
+
+impl Quiet {
+    fn begin(stream: &mut Stream, now: &str) -> Quiet {
+        let refused = r#"create_request { key: "b" range_end: "a" }"#;
+        let _ = send(stream, &Request::Text(refused.to_owned()));
+        Quiet { revision: now.parse().unwrap_or(0), marked: false, asked: None, reached: false }
+    }
+
+    /// Asks for progress, again after a while, and says how long to wait.
+    fn ask(&mut self, stream: &mut Stream) -> Instant {
+        if self.marked && self.asked.is_none_or(|when| when.elapsed() > PROGRESS) {
+            self.asked = Some(Instant::now());
+            let _ = send(stream, &Request::Text("progress_request {}".to_owned()));
+            stream.owed += 1;
+        }
+        Instant::now() + PROGRESS
+    }
+
+    /// Whether a message is the mark.
+    fn takes(&mut self, message: &[u8]) -> bool {
+        let refused =
+            number(message, WATCH_ID) == -1 && number(message, CREATED) != 0 && number(message, CANCELED) != 0;
+        self.marked |= refused;
+        refused
+    }
+
+    /// Whether an answer about progress is the one waited for.
+    fn reaches(&mut self, message: &[u8]) -> bool {
+        self.reached = self.asked.is_some() && told_progress(message) >= self.revision;
+        self.reached
+    }
+}
+
 struct Player<'a> {
     side: &'a mut Side,
     masks: &'a Masks,
@@ -253,30 +312,51 @@ impl Player<'_> {
                 let text = self.expand_request(request)?;
                 send(self.streams.get_mut(stream).ok_or("no such stream")?, &text)?;
             }
-            Step::Receive { stream, what } => {
-                let mut stream = self.streams.remove(stream).map(|open| (stream, open)).ok_or("no such stream")?;
-                self.receive(&mut stream.1, *what, parts).await;
-                self.streams.insert(stream.0.clone(), stream.1);
+            Step::Receive { stream: names, what, words } => {
+                for name in names.split('|') {
+                    let mut stream = self.streams.remove(name).ok_or("no such stream")?;
+                    let mut own = Vec::new();
+                    self.receive(&mut stream, *what, &mut own).await;
+                    self.streams.insert(name.to_owned(), stream);
+                    if own.iter().any(|part| part.text.contains(words)) {
+                        parts.extend(own);
+                    }
+                }
             }
             Step::Close { stream } => self.streams.get_mut(stream).ok_or("no such stream")?.call.close(),
             Step::Reset { stream } => self.streams.get_mut(stream).ok_or("no such stream")?.call.reset(),
             Step::To { role } => self.target = *self.roles.get(role.as_str()).ok_or("no such role")?,
-            Step::Fate { what, role } => self.fate(*what, role)?,
+            Step::Fate { what, role } => self.fate(*what, role).await?,
         }
         Ok(())
     }
 
-    fn fate(&mut self, what: Fate, role: &str) -> Result<(), String> {
+    async fn fate(&mut self, what: Fate, role: &str) -> Result<(), String> {
         let index = *self.roles.get(role).ok_or("no such role")?;
         let member = &mut self.side.cluster.members[index];
         match what {
             Fate::Kill => {
                 member.kill();
                 self.side.clients[index] = None;
+                self.side.stopped = true;
+            }
+            Fate::Stop => {
+                member.process().signal("TERM");
+                self.side.stopped = true;
             }
             Fate::Pause => member.process().signal("STOP"),
             Fate::Resume => member.process().signal("CONT"),
-            Fate::Start => member.restart(),
+            Fate::Start => {
+                member.spawn();
+                // Not by waiting for the log: what is under way on other connections goes on meanwhile.
+                let deadline = Instant::now() + ANSWER;
+                while !member.process().lines().iter().any(|line| line.contains(READY)) {
+                    if Instant::now() > deadline {
+                        return Err("it does not become ready".to_owned());
+                    }
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            }
         }
         Ok(())
     }
@@ -314,33 +394,25 @@ impl Player<'_> {
         let mut end = None;
         let mut events = 0;
         let deadline = Instant::now() + ANSWER;
-        let mut asked = None;
-        let now = self.values["now"].parse().unwrap_or(0);
+        let mut quiet = (what == Receive::Quiet).then(|| Quiet::begin(stream, &self.values["now"]));
         loop {
-            let enough = match what {
-                Receive::Messages(count) => messages.len() >= count,
-                Receive::Events(count) => events >= count,
-                Receive::Quiet => asked.is_some() && messages.last().is_some_and(|last| told_progress(last) >= now),
-                Receive::End => false,
+            let enough = match (what, &quiet) {
+                (Receive::Messages(count), _) => messages.len() >= count,
+                (Receive::Events(count), _) => events >= count,
+                (_, quiet) => quiet.as_ref().is_some_and(|quiet| quiet.reached),
             };
             if enough || end.is_some() || stream.ended {
                 break;
             }
-            let mut patience = deadline;
-            if what == Receive::Quiet {
-                if asked.is_none_or(|when: Instant| when.elapsed() > PROGRESS) {
-                    asked = Some(Instant::now());
-                    let _ = send(stream, &Request::Text("progress_request {}".to_owned()));
-                    stream.owed += 1;
-                }
-                patience = patience.min(Instant::now() + PROGRESS);
-            }
+            let patience = quiet.as_mut().map_or(deadline, |quiet| deadline.min(quiet.ask(stream)));
             match stream.call.next(patience).await {
                 Some(Happened::Message { message, compressed }) => {
+                    if quiet.as_mut().is_some_and(|quiet| quiet.takes(&message)) {
+                        continue;
+                    }
                     if stream.owed > 0 && is_progress(&message) {
                         stream.owed -= 1;
-                        // One that was asked for earlier says nothing of what happened since.
-                        if what != Receive::Quiet || told_progress(&message) < now {
+                        if !quiet.as_mut().is_some_and(|quiet| quiet.reaches(&message)) {
                             continue;
                         }
                     }

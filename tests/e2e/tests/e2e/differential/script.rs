@@ -13,13 +13,15 @@
 //! send w create_request { key: "a" }
 //! receive w 2                          exactly two messages
 //! receive w 3 events                   as many messages as three events come in
-//! receive w quiet                      what came until a progress request is answered: the watches are up to date
+//! receive w quiet                      what came until all requests and all events are known to have been answered; a create that was
+//!                                      refused has to be received before
 //! receive w end                        what comes until the call ends, and how it ends
+//! receive a|b end "words"              the same of that one of two streams whose answer holds the words
 //! close w                              no more requests on it
 //! until "count: 2" KV/Range key: "a"   asks again until the answer's text holds these words
 //! keep id ID                           the field of the last message, for `{id}`
 //! to follower                          the next calls go there: leader, follower, other (roles when the story began)
-//! kill leader                          kill -9; also pause, resume, start
+//! kill leader                          kill -9; also stop (SIGTERM), pause, resume, start
 //! ```
 //!
 //! Expressions in braces without blanks are replaced when a step is played: `{R}` is the store's revision when the story began,
@@ -52,17 +54,50 @@ pub(super) struct Needs {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Step {
-    With { name: String, value: String },
-    Call { method: String, request: Request },
-    Until { words: String, method: String, request: Request },
-    Keep { name: String, path: String },
-    Open { stream: String, method: String },
-    Send { stream: String, request: Request },
-    Receive { stream: String, what: Receive },
-    Close { stream: String },
-    Reset { stream: String },
-    To { role: String },
-    Fate { what: Fate, role: String },
+    With {
+        name: String,
+        value: String,
+    },
+    Call {
+        method: String,
+        request: Request,
+    },
+    Until {
+        words: String,
+        method: String,
+        request: Request,
+    },
+    Keep {
+        name: String,
+        path: String,
+    },
+    Open {
+        stream: String,
+        method: String,
+    },
+    Send {
+        stream: String,
+        request: Request,
+    },
+    /// Of several streams, `a|b`, only what holds `words` counts.
+    Receive {
+        stream: String,
+        what: Receive,
+        words: String,
+    },
+    Close {
+        stream: String,
+    },
+    Reset {
+        stream: String,
+    },
+    To {
+        role: String,
+    },
+    Fate {
+        what: Fate,
+        role: String,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,6 +119,7 @@ pub(super) enum Receive {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fate {
     Kill,
+    Stop,
     Pause,
     Resume,
     Start,
@@ -157,11 +193,18 @@ pub(super) fn step(line: &str) -> Result<Step, String> {
         "keep" => Step::Keep { name: stream, path: more.to_owned() },
         "open" => Step::Open { stream, method: more.to_owned() },
         "send" => Step::Send { stream, request: request(more)? },
-        "receive" => Step::Receive { stream, what: receive(more)? },
+        "receive" => {
+            let (what, words) = match more.strip_suffix('"').and_then(|more| more.split_once(" \"")) {
+                Some((what, words)) => (what, words),
+                None => (more, ""),
+            };
+            Step::Receive { stream, what: receive(what)?, words: words.to_owned() }
+        }
         "close" => Step::Close { stream },
         "reset" => Step::Reset { stream },
         "to" => Step::To { role: stream },
         "kill" => Step::Fate { what: Fate::Kill, role: stream },
+        "stop" => Step::Fate { what: Fate::Stop, role: stream },
         "pause" => Step::Fate { what: Fate::Pause, role: stream },
         "resume" => Step::Fate { what: Fate::Resume, role: stream },
         "start" => Step::Fate { what: Fate::Start, role: stream },
@@ -228,18 +271,23 @@ impl fmt::Display for Step {
             Step::Keep { name, path } => write!(f, "keep {name} {path}"),
             Step::Open { stream, method } => write!(f, "open {stream} {method}"),
             Step::Send { stream, request } => write!(f, "send {stream} {request}"),
-            Step::Receive { stream, what } => match what {
-                Receive::Messages(count) => write!(f, "receive {stream} {count}"),
-                Receive::Events(count) => write!(f, "receive {stream} {count} events"),
-                Receive::Quiet => write!(f, "receive {stream} quiet"),
-                Receive::End => write!(f, "receive {stream} end"),
-            },
+            Step::Receive { stream, what, words } => {
+                let what = match what {
+                    Receive::Messages(count) => count.to_string(),
+                    Receive::Events(count) => format!("{count} events"),
+                    Receive::Quiet => "quiet".to_owned(),
+                    Receive::End => "end".to_owned(),
+                };
+                let words = if words.is_empty() { String::new() } else { format!(" \"{words}\"") };
+                write!(f, "receive {stream} {what}{words}")
+            }
             Step::Close { stream } => write!(f, "close {stream}"),
             Step::Reset { stream } => write!(f, "reset {stream}"),
             Step::To { role } => write!(f, "to {role}"),
             Step::Fate { what, role } => {
                 let word = match what {
                     Fate::Kill => "kill",
+                    Fate::Stop => "stop",
                     Fate::Pause => "pause",
                     Fate::Resume => "resume",
                     Fate::Start => "start",
