@@ -92,8 +92,8 @@ pub(super) fn away(text: &str) -> bool {
 pub(super) struct Complaints {
     /// Each error and warning, what a run makes up put out of sight.
     pub(super) said: BTreeSet<String>,
-    /// How many errors (not warnings) were due to a store that was away.
-    pub(super) away: usize,
+    /// The errors (not warnings) that only say that the store was away.
+    pub(super) away: Vec<String>,
 }
 
 fn compiled<'a>(rules: &[(&'a str, &'a str)]) -> Vec<(Regex, &'a str)> {
@@ -147,7 +147,9 @@ pub(super) fn complaints(program: &str, lines: &[String]) -> Complaints {
     for line in lines {
         let Some(parts) = head.captures(line) else { continue };
         if away(line) {
-            found.away += usize::from(&parts[1] != "W");
+            if &parts[1] != "W" {
+                found.away.push(line.clone());
+            }
             continue;
         }
         let mut said = format!("{program} {} {}: {}", &parts[1], &parts[2], &parts[3]);
