@@ -34,6 +34,8 @@ etcd_errors! {
     DuplicateKey => "etcdserver: duplicate key given in txn request",
     InvalidClientApiVersion => "etcdserver: invalid client api version",
     InvalidSortOption => "etcdserver: invalid sort option",
+    RangeStreamSortOrder => "RangeStream does not support custom sort orders",
+    RangeStreamRevisionFilter => "RangeStream does not support revision filters",
     Compacted => "etcdserver: mvcc: required revision has been compacted",
     FutureRevision => "etcdserver: mvcc: required revision is a future revision",
     NoSpace => "etcdserver: mvcc: database space exceeded",

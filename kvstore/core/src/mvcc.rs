@@ -11,6 +11,7 @@
 //! | `span` | what a request's key and range end mean |
 //! | `versions` | which version of a key was the newest at a revision |
 //! | [`range`] | Range: every option, the present and the past |
+//! | [`chunks`] | RangeStream: a Range in chunks, each read for itself |
 //! | [`count`] | how many keys, without their bytes: the counted index |
 //! | `write` | Put and DeleteRange on a batch; the events they make |
 //! | `recent` | a cache of newest records in front of them |
@@ -22,6 +23,7 @@
 //! What it does not do: it proposes nothing, waits for nothing, and knows no member.
 
 pub mod check;
+pub mod chunks;
 pub(crate) mod compact;
 pub(crate) mod count;
 pub mod history;

@@ -30,6 +30,7 @@ pub fn code(error: &Error) -> Code {
         | WrongDowngradeVersionFormat
         | InvalidDowngradeTargetVersion => Code::InvalidArgument,
         Compacted | FutureRevision | LeaseTtlTooLarge => Code::OutOfRange,
+        RangeStreamSortOrder | RangeStreamRevisionFilter => Code::Unimplemented,
         NoSpace => Code::ResourceExhausted,
         LeaseNotFound | MemberNotFound => Code::NotFound,
         LeaseExists
@@ -77,6 +78,22 @@ pub fn code(error: &Error) -> Code {
 /// The status that a client gets for an error.
 pub fn status(error: &Error) -> Status {
     Status::new(code(error), error.to_string())
+}
+
+/// What a Lock or Election RPC answers of it. etcd serves these through its own client library, whose errors carry no code:
+/// all that the library knows by their texts arrive as `Unknown`.
+pub fn recipe_status(error: &Error) -> Status {
+    use Error::*;
+    match error {
+        InvalidClientApiVersion
+        | WatchCanceled
+        | PermissionNotGiven
+        | TimeoutWaitAppliedIndex
+        | Canceled
+        | DeadlineExceeded
+        | ContextDeadlineExceeded => status(error),
+        known => Status::unknown(known.to_string()),
+    }
 }
 
 /// The same for a read, whose other failure is that this member is broken: it can't answer, and says no more.

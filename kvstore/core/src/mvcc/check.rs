@@ -33,6 +33,21 @@ pub fn validate_range(request: &RangeRequest) -> Result<(), Error> {
     Ok(())
 }
 
+/// A stream can't be sorted or filtered: that would have to gather it first.
+pub fn validate_range_stream(request: &RangeRequest) -> Result<(), Error> {
+    validate_range(request)?;
+    let by_key = request.sort_target == SortTarget::Key as i32 && request.sort_order == SortOrder::Ascend as i32;
+    if request.sort_order != SortOrder::None as i32 && !by_key {
+        return Err(Error::RangeStreamSortOrder);
+    }
+    let filters =
+        [request.min_mod_revision, request.max_mod_revision, request.min_create_revision, request.max_create_revision];
+    if filters.iter().any(|revision| *revision != 0) {
+        return Err(Error::RangeStreamRevisionFilter);
+    }
+    Ok(())
+}
+
 pub fn validate_put(request: &PutRequest) -> Result<(), Error> {
     if request.key.is_empty() {
         return Err(Error::EmptyKey);

@@ -59,7 +59,7 @@ pub fn rows<R>(moment: Moment<'_, R>, request: &RangeRequest) -> u64 {
 }
 
 /// The revision to read at: the one asked for, or the current one.
-fn readable(bounds: Bounds, asked: i64) -> Result<i64, Error> {
+pub(super) fn readable(bounds: Bounds, asked: i64) -> Result<i64, Error> {
     if asked > bounds.revision {
         return Err(Error::FutureRevision);
     }
@@ -71,7 +71,7 @@ fn readable(bounds: Bounds, asked: i64) -> Result<i64, Error> {
 }
 
 /// How a request is served.
-struct Plan {
+pub(super) struct Plan {
     order: SortOrder,
     target: SortTarget,
     /// The keys must be gathered, decoded and perhaps sorted before they are framed.
@@ -81,7 +81,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(request: &RangeRequest) -> Plan {
+    pub(super) fn new(request: &RangeRequest) -> Plan {
         let order = SortOrder::try_from(request.sort_order).unwrap_or_default();
         let target = SortTarget::try_from(request.sort_target).unwrap_or_default();
         let filtered = request.min_mod_revision != 0
@@ -98,7 +98,7 @@ impl Plan {
     }
 }
 
-fn limit_of(request: &RangeRequest) -> usize {
+pub(super) fn limit_of(request: &RangeRequest) -> usize {
     if request.limit <= 0 { usize::MAX } else { usize::try_from(request.limit).unwrap_or(usize::MAX) }
 }
 
@@ -219,7 +219,7 @@ fn passes(kv: &Kv<'_>, request: &RangeRequest) -> bool {
         && within(kv.create_revision, request.min_create_revision, request.max_create_revision)
 }
 
-fn sort(kvs: &mut [Kv<'_>], plan: &Plan) {
+pub(super) fn sort(kvs: &mut [Kv<'_>], plan: &Plan) {
     let compare = |a: &Kv<'_>, b: &Kv<'_>| match plan.target {
         SortTarget::Key => a.key.cmp(b.key),
         SortTarget::Version => a.version.cmp(&b.version),
@@ -234,7 +234,7 @@ fn sort(kvs: &mut [Kv<'_>], plan: &Plan) {
 }
 
 /// The pair as the request wants to see it.
-fn shown<'a>(mut kv: Kv<'a>, request: &RangeRequest) -> Kv<'a> {
+pub(super) fn shown<'a>(mut kv: Kv<'a>, request: &RangeRequest) -> Kv<'a> {
     if request.keys_only {
         kv.value = &[];
         if request.sort_target != SortTarget::Value as i32 {
@@ -245,7 +245,7 @@ fn shown<'a>(mut kv: Kv<'a>, request: &RangeRequest) -> Kv<'a> {
 }
 
 /// Appends stored `KeyValue` bytes to the answer.
-fn frame(kv: &[u8], request: &RangeRequest, out: &mut BytesMut) -> Result<(), Fatal> {
+pub(super) fn frame(kv: &[u8], request: &RangeRequest, out: &mut BytesMut) -> Result<(), Fatal> {
     if request.keys_only {
         put_framed(&shown(Kv::decode(kv)?, request), out);
         return Ok(());
@@ -257,7 +257,7 @@ fn frame(kv: &[u8], request: &RangeRequest, out: &mut BytesMut) -> Result<(), Fa
     Ok(())
 }
 
-fn put_framed(kv: &Kv<'_>, out: &mut BytesMut) {
+pub(super) fn put_framed(kv: &Kv<'_>, out: &mut BytesMut) {
     out.put_u8(KVS_TAG);
     encode_varint(kv.encoded_len() as u64, out);
     kv.encode(out);

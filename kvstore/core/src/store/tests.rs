@@ -1,5 +1,6 @@
 //! The store's stories, and its properties.
 
+mod chunks;
 mod count;
 mod model;
 mod requests;
