@@ -29,7 +29,7 @@ use crate::disk;
 use crate::driver::Input;
 
 pub use edge::Edge;
-pub(crate) use edge::{Answers, Waiter};
+pub(crate) use edge::{Answers, Room, Waiter};
 pub use hub::{Hub, WatchStream};
 pub(crate) use shared::{PublishedCell, RaftCell, RequestIds, Shared};
 
@@ -61,8 +61,11 @@ pub struct RaftStatus {
 pub struct InboxLimits {
     /// Of one encoded request (`--max-request-bytes`).
     pub max_request_bytes: usize,
-    /// How far the commit may run ahead of the apply before proposals are refused.
+    /// How far the commit may run ahead of the apply before proposals are refused. etcd's bound.
     pub max_commit_to_apply_gap: u64,
+    /// Bytes of proposals that may wait for their outcomes. Ours alone, beyond etcd's: the commit itself may be what does
+    /// not come, for want of a disk or of a quorum.
+    pub max_waiting_bytes: usize,
     /// How long a question for the leader may take: 5 s and two election timeouts.
     pub request_timeout: Duration,
 }
@@ -98,9 +101,15 @@ impl Inbox {
             return Err(Error::RequestTooLarge);
         }
         let data = Bytes::from(request.encode_to_vec());
-        let (waiter, outcome) = Waiter::outcome(&self.edge);
+        let room = self.room(data.len()).ok_or(Error::TooManyRequests)?;
+        let (waiter, outcome) = Waiter::outcome(&self.edge, room);
         self.edge.call(Input::Propose { id, data, waiter }).map_err(|_| Error::Stopped)?;
         outcome.await.unwrap_or(Err(Error::Stopped))
+    }
+
+    /// Room for a proposal of so many bytes, until its outcome is there.
+    pub(crate) fn room(&self, bytes: usize) -> Option<Room> {
+        Room::take(&self.shared.waiting_bytes, bytes, self.shared.limits.max_waiting_bytes)
     }
 
     /// Returns once this member has applied everything that the cluster had committed when this was called.

@@ -4,6 +4,7 @@
 //! everything that was ready, and then wake the raft thread once; answers come back the same way.
 
 use std::mem;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use kvstore_core::Error;
@@ -151,6 +152,34 @@ impl Answers {
 pub(crate) struct Waiter {
     answer: Answer,
     edge: Arc<Edge>,
+    /// Given back with the waiter, whether its caller still waits or not.
+    _room: Option<Room>,
+}
+
+/// What a proposal takes of the bytes that may wait; given back when dropped.
+pub(crate) struct Room {
+    all: Arc<AtomicUsize>,
+    bytes: usize,
+}
+
+/// What waits beside a proposal's bytes, roughly: its places in the queues and maps between here and its outcome.
+const WAITING_OVERHEAD: usize = 512;
+
+impl Room {
+    /// `None`: with these bytes there would be more than `limit`.
+    pub(super) fn take(all: &Arc<AtomicUsize>, bytes: usize, limit: usize) -> Option<Room> {
+        let bytes = bytes + WAITING_OVERHEAD;
+        let before = all.fetch_add(bytes, Ordering::Relaxed);
+        // Dropped, it gives back what it took.
+        let room = Room { all: Arc::clone(all), bytes };
+        (before + bytes <= limit).then_some(room)
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 enum Answer {
@@ -159,13 +188,33 @@ enum Answer {
 }
 
 impl Waiter {
-    pub(crate) fn outcome(edge: &Arc<Edge>) -> (Waiter, oneshot::Receiver<Result<Outcome, Error>>) {
+    pub(crate) fn outcome(edge: &Arc<Edge>, room: Room) -> (Waiter, oneshot::Receiver<Result<Outcome, Error>>) {
         let (answer, outcome) = oneshot::channel();
-        (Waiter { answer: Answer::Outcome(answer), edge: Arc::clone(edge) }, outcome)
+        (Waiter { answer: Answer::Outcome(answer), edge: Arc::clone(edge), _room: Some(room) }, outcome)
     }
 
     pub(crate) fn read(edge: &Arc<Edge>) -> (Waiter, oneshot::Receiver<Result<(), Error>>) {
         let (answer, done) = oneshot::channel();
-        (Waiter { answer: Answer::Read(answer), edge: Arc::clone(edge) }, done)
+        (Waiter { answer: Answer::Read(answer), edge: Arc::clone(edge), _room: None }, done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_taken_up_to_its_bound_and_given_back() {
+        let all = Arc::new(AtomicUsize::new(0));
+        let limit = 2 * (100 + WAITING_OVERHEAD);
+        let first = Room::take(&all, 100, limit);
+        let second = Room::take(&all, 100, limit);
+        assert!(first.is_some() && second.is_some());
+        assert!(Room::take(&all, 0, limit).is_none());
+        drop(first);
+        assert!(Room::take(&all, 101, limit).is_none());
+        assert!(Room::take(&all, 100, limit).is_some(), "and given back at once");
+        drop(second);
+        assert_eq!(all.load(Ordering::Relaxed), 0);
     }
 }

@@ -1,7 +1,7 @@
 //! What the threads publish for everybody, and the numbers of requests.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use kvstore_core::replica::Leadership;
@@ -22,6 +22,8 @@ pub(crate) struct Shared {
     pub(crate) hub: Hub,
     pub(crate) raft: RaftCell,
     pub(crate) ids: RequestIds,
+    /// Of all proposals without an outcome.
+    pub(crate) waiting_bytes: Arc<AtomicUsize>,
     pub(crate) disk_size: AtomicI64,
     pub(crate) counts: Arc<Counts>,
     /// Set once, before anything is served.

@@ -31,6 +31,8 @@ use crate::rpc::GRPC_OVERHEAD_BYTES;
 const REQUEST_TIMEOUT_MS: u64 = 5_000;
 /// How far the commit may run ahead of the apply (etcd).
 const MAX_COMMIT_TO_APPLY_GAP: u64 = 5_000;
+/// Bytes of proposals that may wait for their outcomes: some hundreds of the largest.
+const MAX_WAITING_BYTES: usize = 512 << 20;
 /// The records that the applier keeps at hand, in bytes.
 const RECORD_CACHE_BYTES: usize = 32 << 20;
 const FLUSH_INTERVAL: Duration = Duration::from_secs(2);
@@ -191,12 +193,14 @@ fn shared(config: &Config, owner: &Owner, store: &Store, view: &View, driver: Ma
         limits: InboxLimits {
             max_request_bytes: config.max_request_bytes,
             max_commit_to_apply_gap: MAX_COMMIT_TO_APPLY_GAP,
+            max_waiting_bytes: MAX_WAITING_BYTES,
             request_timeout: Duration::from_millis(request_timeout_ms(config)),
         },
         driver,
         hub: Hub::new(WatchHub::new(watch_limits, facts.revision, facts.compacted)),
         raft: RaftCell::default(),
         ids: RequestIds::new(owner.member_id),
+        waiting_bytes: Arc::default(),
         disk_size: AtomicI64::new(0),
         counts: Arc::default(),
         peers: OnceLock::new(),

@@ -1,13 +1,16 @@
 //! Whole members in this process, spoken to through their inboxes.
 
 use std::net::TcpListener;
+use std::pin::Pin;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use keelson_proto::etcdserverpb::{InternalRaftRequest, LeaseGrantRequest, PutRequest, RangeRequest};
-use kvstore_core::mvcc;
 use kvstore_core::store::Outcome;
 use kvstore_core::types::LeaseId;
+use kvstore_core::{Error, mvcc};
 
 use super::*;
 use crate::config::{ClusterState, Founder, LogFormat};
@@ -121,7 +124,7 @@ fn one_member_serves_and_finds_everything_again_after_a_restart() {
         first
     });
     member.stop();
-    assert_eq!(runtime.block_on(member.inbox.read_index()), Err(kvstore_core::Error::Stopped));
+    assert_eq!(runtime.block_on(member.inbox.read_index()), Err(Error::Stopped));
     drop(member);
 
     let mut member = Member::start(&config, vec![listener()], open(&config)).unwrap();
@@ -134,6 +137,68 @@ fn one_member_serves_and_finds_everything_again_after_a_restart() {
         let members = &member.inbox.published().facts.members;
         assert_eq!(members[0].member_attributes.as_ref().unwrap().name, "m1");
     });
+    member.stop();
+}
+
+/// Polls a proposal once: it is on its way then, or refused.
+fn begin(proposal: &mut Pin<Box<impl Future<Output = Result<Outcome, Error>>>>) -> Option<Result<Outcome, Error>> {
+    proposal.as_mut().now_or_never()
+}
+
+#[test]
+fn proposals_are_refused_while_the_commit_runs_ahead_of_the_apply() {
+    let dir = TempDir::new("back-pressure");
+    let peer = listener();
+    let founders = [Founder { name: "m1".into(), peer_urls: vec![url_of(&peer).to_string()] }];
+    let config = config(&dir, "m1", &peer, &founders);
+    let runtime = runtime();
+    let mut member = Member::start(&config, vec![peer], open(&config)).unwrap();
+    let inbox = member.inbox.clone();
+    runtime.block_on(async {
+        monitor::publish(&inbox, &config).await;
+        put(&inbox, "a", "one").await;
+    });
+
+    // The applier publishes to the hub before it says what it has applied: whoever holds the hub holds the applier.
+    let ((holds, held), (release, released)) = (mpsc::channel(), mpsc::channel::<()>());
+    let holder = std::thread::spawn({
+        let inbox = inbox.clone();
+        move || inbox.hub().with(|_| (holds.send(()).unwrap(), released.recv().unwrap()))
+    });
+    held.recv().unwrap();
+    let mut waiting = Vec::new();
+    let propose = |n: usize| {
+        let (inbox, request) = (inbox.clone(), put_request(&format!("k{n}"), "value"));
+        Box::pin(async move { inbox.propose(request).await })
+    };
+    let gap = || inbox.raft().committed.saturating_sub(inbox.raft().applied);
+    for n in 0..5_001 {
+        let mut proposal = propose(n);
+        assert_eq!(begin(&mut proposal), None, "refused at a gap of {}", gap());
+        waiting.push(proposal);
+    }
+    while gap() <= 5_000 {
+        std::thread::yield_now();
+    }
+    assert_eq!(begin(&mut propose(0)), Some(Err(Error::TooManyRequests)));
+
+    release.send(()).unwrap();
+    holder.join().unwrap();
+    runtime.block_on(async {
+        for proposal in waiting {
+            // On a machine that is slow enough their time is up; then nobody knows.
+            let outcome = proposal.await;
+            assert!(matches!(outcome, Ok(Outcome::Put(_)) | Err(Error::Timeout)), "{outcome:?}");
+        }
+        put(&inbox, "b", "two").await;
+        assert!(contains(get(&inbox, "b").await, "two"));
+    });
+
+    // Ours beyond etcd's: bytes that wait, wherever they are stuck.
+    let room = inbox.room((512 << 20) - 1_024).unwrap();
+    assert_eq!(begin(&mut propose(0)), Some(Err(Error::TooManyRequests)));
+    drop(room);
+    assert_eq!(begin(&mut propose(0)), None);
     member.stop();
 }
 
