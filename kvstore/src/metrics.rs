@@ -212,9 +212,10 @@ impl Page {
 fn rpc_type(path: &str) -> &'static str {
     match path {
         "/etcdserverpb.Watch/Watch" | "/etcdserverpb.Lease/LeaseKeepAlive" => "bidi_stream",
-        "/etcdserverpb.Maintenance/Snapshot" | "/etcdserverpb.KV/RangeStream" | "/grpc.health.v1.Health/Watch" => {
-            "server_stream"
-        }
+        "/etcdserverpb.Maintenance/Snapshot"
+        | "/etcdserverpb.KV/RangeStream"
+        | "/v3electionpb.Election/Observe"
+        | "/grpc.health.v1.Health/Watch" => "server_stream",
         _ => "unary",
     }
 }

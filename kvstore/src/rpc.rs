@@ -1,20 +1,28 @@
 //! The client edge: one port that speaks gRPC and HTTP/1, on one runtime for good.
 //!
-//! A connection is handed to an [`Rpc`] and stays there. Its requests are dispatched by path: the few unary RPCs that
-//! carry the load go to a thin handler (`unary`), which frames, decodes, calls and answers from stored bytes; every other
-//! RPC, and any request with something unusual about it, goes to tonic's routes, which serve all of them; what is not
-//! gRPC goes to `http`. Thin handler and routes call the same functions.
+//! A connection is handed to an [`Rpc`] and stays there. Its gRPC requests pass `intercept` and are dispatched by path: the
+//! few unary RPCs that carry the load go to a thin handler (`unary`), which frames, decodes, calls and answers from
+//! stored bytes; Watch and RangeStream are response bodies of their own (`watch`, `range_stream`); every other RPC goes to
+//! tonic's routes. All read through `framing`, so that a bad message is refused in the same words everywhere. What is not
+//! gRPC goes to `http`.
 //!
-//! The files below do not import each other, but for the service's own functions: `unary` calls `kv`.
+//! The services do not import each other: they stand on the leaves (`status`, `framing`, `recipe` and the like), and
+//! `unary` calls `kv`.
 
 pub(crate) mod authority;
 mod cluster;
+mod election;
 pub(crate) mod encoded;
+mod framing;
 pub(crate) mod health;
+mod intercept;
 pub(crate) mod kv;
 mod leader;
 mod lease;
+mod lock;
 pub(crate) mod maintenance;
+mod range_stream;
+mod recipe;
 pub mod status;
 mod unary;
 mod watch;
@@ -29,7 +37,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
-use http_body::Frame;
+use http_body::{Body as _, Frame};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -39,8 +47,10 @@ use keelson_proto::etcdserverpb::kv_server::KvServer;
 use keelson_proto::etcdserverpb::lease_server::LeaseServer;
 use keelson_proto::etcdserverpb::maintenance_server::MaintenanceServer;
 use keelson_proto::grpc_health_v1::health_server::HealthServer;
-use kvstore_core::Error;
+use keelson_proto::v3electionpb::election_server::ElectionServer;
+use keelson_proto::v3lockpb::lock_server::LockServer;
 use tokio::net::TcpStream;
+use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 use tonic::server::NamedService;
 use tonic::service::Routes;
@@ -50,8 +60,10 @@ use tower_service::Service as _;
 pub(crate) use status::status;
 
 use authority::Mended;
+use framing::{Measured, Shape};
 use leader::LeaderMonitor;
 use lease::{LeaseConfig, LeaseService};
+use recipe::Recipe;
 use watch::{WatchConfig, WatchService};
 
 use crate::http as web;
@@ -59,12 +71,14 @@ use crate::inbox::Inbox;
 use crate::metrics::Metrics;
 
 /// The services that are registered, for what is said of an unknown method.
-const SERVICES: [&str; 6] = [
+const SERVICES: [&str; 8] = [
     KvServer::<kv::KvService>::NAME,
     WatchService::NAME,
     LeaseServer::<LeaseService>::NAME,
     ClusterServer::<cluster::ClusterService>::NAME,
     MaintenanceServer::<maintenance::MaintenanceService>::NAME,
+    LockServer::<lock::LockService>::NAME,
+    ElectionServer::<election::ElectionService>::NAME,
     HealthServer::<health::HealthService>::NAME,
 ];
 
@@ -92,6 +106,7 @@ pub(crate) struct Context {
     pub(crate) inbox: Inbox,
     pub(crate) limits: RpcLimits,
     pub(crate) metrics: Arc<Metrics>,
+    monitor: LeaderMonitor,
 }
 
 impl Context {
@@ -115,26 +130,13 @@ impl Rpc {
     pub fn new(inbox: Inbox, limits: RpcLimits, metrics: Arc<Metrics>, shutdown: &CancellationToken) -> Rpc {
         let election_timeout = Duration::from_millis(limits.election_timeout_ms);
         let monitor = LeaderMonitor::start(inbox.clone(), election_timeout);
+        let context = Arc::new(Context { inbox, limits, metrics, monitor });
+        let routes = routes(&context, shutdown);
         let watch = WatchConfig {
             progress_notify_interval: limits.watch_progress_notify_interval,
-            max_request_bytes: limits.max_request_bytes + GRPC_OVERHEAD_BYTES,
+            max_request_bytes: context.max_message_bytes(),
         };
-        let watch = WatchService::new(inbox.clone(), monitor.clone(), watch, shutdown.clone());
-        let lease = LeaseConfig::new(limits.heartbeat_interval_ms, limits.election_timeout_ms);
-        let lease = LeaseService::new(inbox.clone(), monitor, lease, shutdown.clone());
-        let context = Arc::new(Context { inbox, limits, metrics });
-        let max = context.max_message_bytes();
-        let routes = Routes::new(KvServer::new(kv::KvService(Arc::clone(&context))).max_decoding_message_size(max))
-            .add_service(LeaseServer::new(lease).max_decoding_message_size(max))
-            .add_service(
-                ClusterServer::new(cluster::ClusterService(Arc::clone(&context))).max_decoding_message_size(max),
-            )
-            .add_service(
-                MaintenanceServer::new(maintenance::MaintenanceService(Arc::clone(&context)))
-                    .max_decoding_message_size(max),
-            )
-            .add_service(HealthServer::new(health::HealthService))
-            .prepare();
+        let watch = WatchService::new(context.inbox.clone(), context.monitor.clone(), watch, shutdown.clone());
         Rpc { context, routes: Rc::new(routes), watch: Rc::new(watch) }
     }
 
@@ -169,40 +171,73 @@ impl Rpc {
         if !is_grpc(&request) {
             return web::client(&self.context, &request).await.map(Body::Full);
         }
-        if requires_leader(request.headers()) && self.context.inbox.raft().leader.is_none() {
-            return refused(&status(&Error::NoLeader));
-        }
-        let unusual = request.headers().contains_key("grpc-encoding");
-        match unary::Method::of(request.uri().path()).filter(|_| !unusual && request.method() == Method::POST) {
-            Some(method) => unary::serve(&self.context, method, request.into_body()).await,
-            None => self.route(request).await,
+        let call = match intercept::admit(request.headers(), || self.context.inbox.raft().leader.is_some()) {
+            Ok(call) => call,
+            Err(status) => return refused(&status),
+        };
+        match unary::Method::of(request.uri().path()).filter(|_| request.method() == Method::POST) {
+            Some(method) => unary::serve(&self.context, method, request.into_body(), call.timeout).await,
+            None => self.route(request, call.timeout).await,
         }
     }
 
-    /// tonic's routes, which serve everything.
-    async fn route(&self, request: Request<Incoming>) -> Response<Body> {
+    /// Whatever the thin handler does not serve.
+    async fn route(&self, request: Request<Incoming>, timeout: Option<Duration>) -> Response<Body> {
         let path = request.uri().path().to_owned();
-        let mut routes = Routes::clone(&self.routes);
-        let response = if path == watch::PATH {
-            match self.watch.serve(request) {
-                Ok(response) => response,
-                Err(status) => return refused(&status),
+        let shape = Shape::of(&path);
+        let mut ended = Ended::new(&self.context.metrics, &path);
+        let deadline = timeout.map(|timeout| Box::pin(tokio::time::sleep(timeout)));
+        match intercept::within(timeout, self.answer(request, shape)).await {
+            Ok(response) if is_unheard_of(&response) => {
+                ended.forget();
+                refused(&Status::unimplemented(unheard_of(&path)))
             }
-        } else {
-            match routes.call(request.map(tonic::body::Body::new)).await {
-                Ok(response) => response,
-                Err(never) => match never {},
+            Ok(response) => {
+                let (mut head, body) = response.into_parts();
+                mend(&mut head.headers, shape);
+                ended.started();
+                ended.see(&head.headers);
+                Response::from_parts(head, Body::Stream(Streamed { body, shape, ended, deadline, over: false }))
             }
-        };
-        if is_unheard_of(&response) {
-            return refused(&Status::unimplemented(unheard_of(&path)));
+            Err(status) => {
+                ended.code = status.code();
+                refused(&status)
+            }
         }
-        let ended = Ended { metrics: Arc::clone(&self.context.metrics), path, code: Code::Cancelled };
-        ended.metrics.routed_started(&ended.path);
-        let (head, body) = response.into_parts();
-        let ended = ended.seen(&head.headers);
-        Response::from_parts(head, Body::Tonic(body, ended))
     }
+
+    async fn answer(&self, request: Request<Incoming>, shape: Shape) -> Result<Response<tonic::body::Body>, Status> {
+        match request.uri().path() {
+            range_stream::PATH => return range_stream::serve(Arc::clone(&self.context), request).await,
+            watch::PATH => return self.watch.serve(request),
+            _ => {}
+        }
+        let max = self.context.max_message_bytes();
+        let mut routes = Routes::clone(&self.routes);
+        match routes.call(request.map(|body| tonic::body::Body::new(Measured::new(body, max, shape)))).await {
+            Ok(response) => Ok(response),
+            Err(never) => match never {},
+        }
+    }
+}
+
+/// Every service but what is served beside them.
+fn routes(context: &Arc<Context>, shutdown: &CancellationToken) -> Routes {
+    let (inbox, limits, monitor) = (&context.inbox, &context.limits, &context.monitor);
+    let config = LeaseConfig::new(limits.heartbeat_interval_ms, limits.election_timeout_ms);
+    let recipe = Recipe::new(inbox.clone(), limits.max_txn_ops, config.min_ttl_s, shutdown.clone());
+    let election = election::ElectionService::new(recipe.clone(), monitor.clone());
+    let lease = LeaseService::new(inbox.clone(), monitor.clone(), config, shutdown.clone());
+    let maintenance = maintenance::MaintenanceService(Arc::clone(context));
+    let max = context.max_message_bytes();
+    Routes::new(KvServer::new(kv::KvService(Arc::clone(context))).max_decoding_message_size(max))
+        .add_service(LeaseServer::new(lease).max_decoding_message_size(max))
+        .add_service(ClusterServer::new(cluster::ClusterService(Arc::clone(context))).max_decoding_message_size(max))
+        .add_service(MaintenanceServer::new(maintenance).max_decoding_message_size(max))
+        .add_service(LockServer::new(lock::LockService::new(recipe)).max_decoding_message_size(max))
+        .add_service(ElectionServer::new(election).max_decoding_message_size(max))
+        .add_service(HealthServer::new(health::HealthService).max_decoding_message_size(max))
+        .prepare()
 }
 
 impl hyper::service::Service<Request<Incoming>> for Rpc {
@@ -246,9 +281,9 @@ fn is_grpc(request: &Request<Incoming>) -> bool {
             .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }
 
-/// Metadata by which a client refuses to be served by a member without a leader.
-pub(crate) fn requires_leader(metadata: &HeaderMap) -> bool {
-    metadata.get("hasleader").is_some_and(|value| value.as_bytes() == b"true")
+/// What a later issue brings.
+pub(crate) fn later<T>(what: &str) -> Result<tonic::Response<T>, Status> {
+    Err(Status::unimplemented(format!("keelson: {what} is not supported yet")))
 }
 
 /// tonic's own answer to a path that nobody registered has no text; one of ours has.
@@ -259,7 +294,9 @@ fn is_unheard_of(response: &Response<tonic::body::Body>) -> bool {
 
 /// What gRPC says of such a path.
 fn unheard_of(path: &str) -> String {
-    let (service, method) = path.trim_start_matches('/').rsplit_once('/').unwrap_or((path, ""));
+    let Some((service, method)) = path.strip_prefix('/').unwrap_or(path).rsplit_once('/') else {
+        return format!("malformed method name: {path:?}");
+    };
     if SERVICES.contains(&service) {
         format!("unknown method {method} for service {service}")
     } else {
@@ -267,21 +304,50 @@ fn unheard_of(path: &str) -> String {
     }
 }
 
-/// Counts how a routed RPC ended, when its body is dropped.
+/// Says in gRPC's words what tonic says in its own.
+fn mend(fields: &mut HeaderMap, shape: Shape) {
+    if fields.get("grpc-status").is_some_and(|code| code.as_bytes() == b"13")
+        && let Some(status) = Status::from_header_map(fields)
+        && framing::mended(status, shape).add_header(fields).is_err()
+    {
+        tracing::error!("a status can't be sent");
+    }
+}
+
+/// Counts how a routed RPC began and ended, at the latest when its body is dropped.
 pub struct Ended {
     metrics: Arc<Metrics>,
     path: String,
+    state: Counted,
     /// A stream that is dropped before it has a status was cancelled by its client.
     code: Code,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Counted {
+    Nothing,
+    Start,
+    /// There is no such RPC.
+    Never,
+}
+
 impl Ended {
-    /// Notes a status in headers or trailers.
-    fn seen(mut self, fields: &HeaderMap) -> Ended {
-        self.see(fields);
-        self
+    fn new(metrics: &Arc<Metrics>, path: &str) -> Ended {
+        Ended { metrics: Arc::clone(metrics), path: path.to_owned(), state: Counted::Nothing, code: Code::Cancelled }
     }
 
+    fn started(&mut self) {
+        if self.state == Counted::Nothing {
+            self.state = Counted::Start;
+            self.metrics.routed_started(&self.path);
+        }
+    }
+
+    fn forget(&mut self) {
+        self.state = Counted::Never;
+    }
+
+    /// Notes a status in headers or trailers.
     fn see(&mut self, fields: &HeaderMap) {
         if let Some(status) = fields.get("grpc-status") {
             self.code = Code::from_bytes(status.as_bytes());
@@ -291,7 +357,10 @@ impl Ended {
 
 impl Drop for Ended {
     fn drop(&mut self) {
-        self.metrics.routed_handled(&self.path, self.code as usize);
+        if self.state != Counted::Never {
+            self.started();
+            self.metrics.routed_handled(&self.path, self.code as usize);
+        }
     }
 }
 
@@ -306,11 +375,43 @@ fn refused(status: &Status) -> Response<Body> {
     response
 }
 
-/// A response's body: one message with its trailers, a page, or whatever tonic made.
+/// A response's body: one message with its trailers, a page, or whatever the routes made.
 pub enum Body {
     Unary { message: Option<Bytes>, trailers: Option<HeaderMap> },
     Full(Bytes),
-    Tonic(tonic::body::Body, Ended),
+    Stream(Streamed),
+}
+
+/// The body of a routed RPC, which the client's deadline may end.
+pub struct Streamed {
+    body: tonic::body::Body,
+    shape: Shape,
+    ended: Ended,
+    deadline: Option<Pin<Box<Sleep>>>,
+    over: bool,
+}
+
+impl Streamed {
+    fn poll_frame(&mut self, cx: &mut std::task::Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if self.over {
+            return Poll::Ready(None);
+        }
+        let Poll::Ready(mut frame) = Pin::new(&mut self.body).poll_frame(cx) else {
+            let Some(deadline) = &mut self.deadline else { return Poll::Pending };
+            ready!(deadline.as_mut().poll(cx));
+            self.over = true;
+            self.ended.code = Code::DeadlineExceeded;
+            let trailers = framing::trailers(&intercept::deadline_exceeded());
+            return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+        };
+        if let Some(Ok(frame)) = &mut frame
+            && let Some(trailers) = frame.trailers_mut()
+        {
+            mend(trailers, self.shape);
+            self.ended.see(trailers);
+        }
+        Poll::Ready(frame)
+    }
 }
 
 impl http_body::Body for Body {
@@ -324,15 +425,7 @@ impl http_body::Body for Body {
             }
             Body::Full(page) if page.is_empty() => Poll::Ready(None),
             Body::Full(page) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(page))))),
-            Body::Tonic(body, ended) => {
-                let frame = ready!(Pin::new(body).poll_frame(cx));
-                if let Some(Ok(frame)) = &frame
-                    && let Some(trailers) = frame.trailers_ref()
-                {
-                    ended.see(trailers);
-                }
-                Poll::Ready(frame)
-            }
+            Body::Stream(streamed) => streamed.poll_frame(cx),
         }
     }
 
@@ -340,7 +433,7 @@ impl http_body::Body for Body {
         match self {
             Body::Unary { message, trailers } => message.is_none() && trailers.is_none(),
             Body::Full(page) => page.is_empty(),
-            Body::Tonic(body, _) => body.is_end_stream(),
+            Body::Stream(streamed) => streamed.over || streamed.body.is_end_stream(),
         }
     }
 
@@ -349,7 +442,9 @@ impl http_body::Body for Body {
             // Trailers follow: a length would end the body with the data.
             Body::Unary { .. } => http_body::SizeHint::default(),
             Body::Full(page) => http_body::SizeHint::with_exact(page.len() as u64),
-            Body::Tonic(body, _) => body.size_hint(),
+            Body::Stream(streamed) if streamed.deadline.is_none() => streamed.body.size_hint(),
+            // The deadline may come in between.
+            Body::Stream(_) => http_body::SizeHint::default(),
         }
     }
 }

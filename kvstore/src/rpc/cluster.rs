@@ -12,7 +12,7 @@ use keelson_proto::membershippb;
 use tonic::{Request, Response, Status};
 
 use super::status::status;
-use super::{Context, header};
+use super::{Context, header, later};
 
 #[derive(Clone)]
 pub(crate) struct ClusterService(pub(crate) Arc<Context>);
@@ -35,10 +35,6 @@ fn member(record: &membershippb::Member) -> Member {
         client_urls: attributes.client_urls,
         is_learner: raft.is_learner,
     }
-}
-
-fn later<T>(what: &str) -> Result<Response<T>, Status> {
-    Err(Status::unimplemented(format!("keelson: {what} is not supported yet")))
 }
 
 #[tonic::async_trait]

@@ -5,7 +5,7 @@
 //! the counted index knows beforehand, leaves the runtime for tokio's blocking pool, so that a big list never delays a
 //! heartbeat's worth of small requests.
 //!
-//! What it does not do: RangeStream (the data API's issue).
+//! What it does not do: RangeStream (`range_stream`).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -173,7 +173,8 @@ impl Kv for KvService {
     type RangeStreamStream = tokio_stream::Empty<Result<RangeStreamResponse, Status>>;
 
     async fn range_stream(&self, _: Request<RangeRequest>) -> Result<Response<Self::RangeStreamStream>, Status> {
-        Err(Status::unimplemented("unknown method RangeStream for service etcdserverpb.KV"))
+        // Dispatched before the routes are asked.
+        Err(unexpected())
     }
 
     async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {

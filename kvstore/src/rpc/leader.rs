@@ -4,14 +4,14 @@
 //! One poll serves all streams of a runtime: reconnecting streams costs far more than refusing new ones, so they are ended late
 //! and together.
 //!
-//! What it does not do: unary requests, which are refused by whoever intercepts them ([`requires_leader`]).
+//! What it does not do: unary requests, which `intercept` refuses by the same [`requires_leader`].
 
 use std::future;
 use std::time::Duration;
 
+use http::HeaderMap;
 use kvstore_core::Error;
 use tokio::sync::watch;
-use tonic::metadata::MetadataMap;
 
 use crate::Inbox;
 
@@ -19,7 +19,7 @@ use crate::Inbox;
 const POLLS: u32 = 3;
 
 /// Whether the client wants an answer only from a member that knows a leader.
-pub(super) fn requires_leader(metadata: &MetadataMap) -> bool {
+pub(super) fn requires_leader(metadata: &HeaderMap) -> bool {
     metadata.get("hasleader").is_some_and(|value| value.as_bytes() == b"true")
 }
 
@@ -41,7 +41,7 @@ impl LeaderMonitor {
     }
 
     /// Admits a new stream, or says why not.
-    pub(super) fn admit(&self, inbox: &Inbox, metadata: &MetadataMap) -> Result<LeaderGuard, Error> {
+    pub(super) fn admit(&self, inbox: &Inbox, metadata: &HeaderMap) -> Result<LeaderGuard, Error> {
         if !requires_leader(metadata) {
             return Ok(LeaderGuard(None));
         }
@@ -89,7 +89,7 @@ mod tests {
 
     #[test]
     fn only_the_exact_word_requires_a_leader() {
-        let mut metadata = MetadataMap::new();
+        let mut metadata = HeaderMap::new();
         assert!(!requires_leader(&metadata));
         metadata.insert("hasleader", "True".parse().unwrap());
         assert!(!requires_leader(&metadata));

@@ -116,7 +116,7 @@ impl Lease for LeaseService {
         &self,
         request: Request<Streaming<LeaseKeepAliveRequest>>,
     ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
-        let leader = self.monitor.admit(&self.inbox, request.metadata()).map_err(|error| status(&error))?;
+        let leader = self.monitor.admit(&self.inbox, request.metadata().as_ref()).map_err(|error| status(&error))?;
         let open = KeepAliveLoop { service: self.clone(), leader, requests: request.into_inner() };
         let responses = stream::unfold(Some(open), |open| async move {
             let mut open = open?;

@@ -15,7 +15,7 @@ use kvstore_core::store::Outcome;
 use tonic::{Request, Response, Status};
 
 use super::status::status;
-use super::{Context, complete, header, unexpected};
+use super::{Context, complete, header, later, unexpected};
 use crate::ETCD_VERSION;
 
 /// Response metadata that carries Keelson's own version beside etcd's in the message.
@@ -31,10 +31,6 @@ pub(crate) const STORAGE_VERSION: &str = "3.7.0";
 fn alarm_text(member_id: u64, alarm: i32) -> String {
     let kind = AlarmType::try_from(alarm).map_or("UNKNOWN", |kind| kind.as_str_name());
     format!("memberID:{member_id} alarm:{kind}")
-}
-
-fn later<T>(what: &str) -> Result<Response<T>, Status> {
-    Err(Status::unimplemented(format!("keelson: {what} is not supported yet")))
 }
 
 #[tonic::async_trait]

@@ -20,7 +20,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
-use http::{HeaderMap, Request, Response};
+use http::{Request, Response};
 use http_body::{Body as HttpBody, Frame as BodyFrame};
 use hyper::body::Incoming;
 use keelson_proto::etcdserverpb::watch_request::RequestUnion;
@@ -33,9 +33,9 @@ use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tonic::body::Body;
-use tonic::metadata::MetadataMap;
 
 use super::encoded::PREFIX;
+use super::framing::{Shape, announced, decode, trailers};
 use super::leader::LeaderMonitor;
 use crate::Inbox;
 use crate::inbox::WatchStream;
@@ -82,8 +82,7 @@ impl WatchService {
     /// Opens a stream, or says why not.
     pub(super) fn serve(&self, request: Request<Incoming>) -> Result<Response<Body>, Status> {
         let (head, body) = request.into_parts();
-        let metadata = MetadataMap::from_headers(head.headers);
-        let mut leader = self.monitor.admit(&self.inbox, &metadata).map_err(|e| status(&e))?;
+        let mut leader = self.monitor.admit(&self.inbox, &head.headers).map_err(|e| status(&e))?;
         let shutdown = self.shutdown.clone();
         let ending = async move {
             tokio::select! {
@@ -250,7 +249,7 @@ impl Requests {
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<WatchRequest, Status>>> {
         loop {
             match message(&mut self.buffer, self.max) {
-                Ok(Some(message)) => return Poll::Ready(Some(decode(message))),
+                Ok(Some(message)) => return Poll::Ready(Some(decode(message, Shape::ClientStream))),
                 Ok(None) => {}
                 Err(refusal) => return Poll::Ready(Some(Err(refusal))),
             }
@@ -263,7 +262,7 @@ impl Requests {
                 }
                 // The stream was reset, or its connection is gone.
                 Poll::Ready(Some(Err(_))) => return Poll::Ready(Some(Err(status(&Error::WatchCanceled)))),
-                Poll::Ready(None) if self.buffer.is_empty() => return Poll::Ready(None),
+                Poll::Ready(None) if self.buffer.len() < PREFIX => return Poll::Ready(None),
                 Poll::Ready(None) => return Poll::Ready(Some(Err(Status::internal("unexpected EOF")))),
             }
         }
@@ -272,14 +271,8 @@ impl Requests {
 
 /// Takes the next message off `buffer`, if all of it is there.
 fn message(buffer: &mut BytesMut, max: usize) -> Result<Option<Bytes>, Status> {
-    let Some([flag, len @ ..]) = buffer.first_chunk::<PREFIX>() else { return Ok(None) };
-    let len = u32::from_be_bytes(*len) as usize;
-    if len > max {
-        return Err(Status::resource_exhausted(format!("grpc: received message larger than max ({len} vs. {max})")));
-    }
-    if *flag != 0 {
-        return Err(Status::internal("grpc: compressed flag set with identity or empty encoding"));
-    }
+    let Some(prefix) = buffer.first_chunk::<PREFIX>() else { return Ok(None) };
+    let len = announced(prefix, max)?;
     if buffer.len() < PREFIX + len {
         return Ok(None);
     }
@@ -289,19 +282,6 @@ fn message(buffer: &mut BytesMut, max: usize) -> Result<Option<Bytes>, Status> {
         *buffer = BytesMut::new();
     }
     Ok(Some(message))
-}
-
-fn decode(message: Bytes) -> Result<WatchRequest, Status> {
-    let malformed = "grpc: failed to unmarshal the received message: proto: cannot parse invalid wire-format data";
-    WatchRequest::decode(message).map_err(|_| Status::internal(malformed))
-}
-
-fn trailers(status: &Status) -> HeaderMap {
-    let mut trailers = HeaderMap::new();
-    if status.add_header(&mut trailers).is_err() {
-        tracing::error!(%status, "a status can't be sent");
-    }
-    trailers
 }
 
 /// Fires each interval, a little later for some streams than for others.
@@ -473,7 +453,7 @@ mod tests {
             for part in bytes.chunks(piece) {
                 buffer.extend_from_slice(part);
                 while let Some(whole) = message(&mut buffer, 100).unwrap() {
-                    read.push(decode(whole).unwrap());
+                    read.push(decode::<WatchRequest>(whole, Shape::ClientStream).unwrap());
                 }
             }
             assert_eq!(read, requests, "in pieces of {piece}");
@@ -488,7 +468,7 @@ mod tests {
         assert_eq!(large.code(), tonic::Code::ResourceExhausted);
         assert_eq!(large.message(), "grpc: received message larger than max (11 vs. 10)");
         assert!(refusal(&[1, 0, 0, 0, 3]).message().contains("compressed flag set"));
-        assert!(decode(Bytes::from_static(b"\xff")).unwrap_err().message().contains("failed to unmarshal"));
+        assert_eq!(refusal(&[2, 0, 0, 0, 3]).message(), "grpc: received unexpected payload format 2");
     }
 
     #[tokio::test(start_paused = true)]
