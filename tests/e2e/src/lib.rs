@@ -18,6 +18,7 @@ pub mod net;
 pub mod peers;
 pub mod ports;
 pub mod process;
+pub mod raw;
 pub mod rpc;
 pub mod watcher;
 

@@ -11,6 +11,8 @@ use keelson_proto::etcdserverpb::{
     CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse,
     RangeRequest, RangeResponse, StatusRequest, StatusResponse, TxnRequest, TxnResponse,
 };
+use keelson_proto::v3electionpb::election_client::ElectionClient;
+use keelson_proto::v3lockpb::lock_client::LockClient;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::Member;
@@ -23,6 +25,8 @@ pub struct Rpc {
     pub lease: LeaseClient<Channel>,
     pub cluster: ClusterClient<Channel>,
     pub maintenance: MaintenanceClient<Channel>,
+    pub lock: LockClient<Channel>,
+    pub election: ElectionClient<Channel>,
 }
 
 type Result<T> = std::result::Result<T, tonic::Status>;
@@ -52,7 +56,9 @@ impl Rpc {
             watch: WatchClient::new(channel.clone()).max_decoding_message_size(usize::MAX),
             lease: LeaseClient::new(channel.clone()),
             cluster: ClusterClient::new(channel.clone()),
-            maintenance: MaintenanceClient::new(channel),
+            maintenance: MaintenanceClient::new(channel.clone()),
+            lock: LockClient::new(channel.clone()),
+            election: ElectionClient::new(channel),
         }
     }
 
