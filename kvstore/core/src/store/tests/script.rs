@@ -13,6 +13,7 @@ use keelson_proto::mvccpb;
 
 use super::*;
 use crate::mvcc::check;
+use crate::mvcc::chunks::Chunks;
 use crate::mvcc::{EventKind, ReadError, history, range, txn};
 use crate::testing::{Word, shown};
 use crate::{keys, lease};
@@ -92,6 +93,7 @@ fn run(member: &mut TestMember, current: &mut StoreConfig, line: &str) -> String
             request.txn = Some(txn);
         }
         "get" => return get(member, &mut args),
+        "stream" => return stream(member, &mut args),
         "compact" => request.compaction = Some(CompactionRequest { revision: args.int(), physical: false }),
         "grant" => {
             // What the server does before the log.
@@ -322,6 +324,31 @@ fn get(member: &TestMember, args: &mut Args<'_>) -> String {
             show_range(&response, 0)
         }
         Err(error) => show_read_error(error),
+    }
+}
+
+/// RangeStream: the keys of each chunk, and what the last one says.
+fn stream(member: &TestMember, args: &mut Args<'_>) -> String {
+    let target = args.option("target").map_or(1_572_864, |n| n.parse().unwrap());
+    let request = range_request(args);
+    if let Err(error) = check::validate_range_stream(&request) {
+        return refused(error);
+    }
+    let mut chunks = Chunks::new(request, target);
+    let mut out = String::new();
+    loop {
+        let chunk = match chunks.next(member.publish().moment()) {
+            Ok(Some(chunk)) => chunk,
+            Ok(None) => return out,
+            Err(error) => return out + &show_read_error(error),
+        };
+        let kvs = RangeResponse::decode(chunk.kvs).unwrap().kvs;
+        let keys: Vec<String> = kvs.iter().map(|kv| shown(&kv.key)).collect();
+        writeln!(out, "chunk of {}: {}", keys.len(), keys.join(" ")).unwrap();
+        if let Some(end) = chunk.end {
+            let more = flag(end.more, " more");
+            writeln!(out, "end: rev {} count {}{more}", end.revision, end.count).unwrap();
+        }
     }
 }
 
