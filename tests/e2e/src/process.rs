@@ -1,7 +1,7 @@
 //! A program that runs: its output is kept, waited on by line, and shown if the test fails.
 
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 pub struct Process {
     name: String,
     child: Child,
+    input: Option<ChildStdin>,
     output: Arc<Output>,
 }
 
@@ -36,15 +37,35 @@ impl Process {
 
     /// Starts `command`, both its outputs in one log.
     pub fn start(name: &str, command: &mut Command) -> Process {
+        Process::start_with(name, command, Stdio::null())
+    }
+
+    /// The same with a pipe to its input, for [`Process::say`].
+    pub fn start_talking(name: &str, command: &mut Command) -> Process {
+        Process::start_with(name, command, Stdio::piped())
+    }
+
+    fn start_with(name: &str, command: &mut Command, input: Stdio) -> Process {
         let (reader, writer) = std::io::pipe().expect("a pipe");
-        command.stdin(Stdio::null()).stdout(writer.try_clone().expect("a second end")).stderr(writer);
-        let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        command.stdin(input).stdout(writer.try_clone().expect("a second end")).stderr(writer);
+        let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         // The command keeps its own copies of the writing end: without them the end of the output could not be seen.
         command.stdout(Stdio::null()).stderr(Stdio::null());
         let output = Arc::new(Output::default());
         let sink = Arc::clone(&output);
         std::thread::spawn(move || sink.collect(BufReader::new(reader)));
-        Process { name: name.to_owned(), child, output }
+        Process { name: name.to_owned(), input: child.stdin.take(), child, output }
+    }
+
+    /// Writes a line to its input. One that is gone does not hear it.
+    pub fn say(&mut self, line: &str) {
+        let input = self.input.as_mut().expect("it was started to be talked to");
+        let _ = writeln!(input, "{line}");
+    }
+
+    /// Closes its input.
+    pub fn fall_silent(&mut self) {
+        self.input = None;
     }
 
     pub fn id(&self) -> u32 {
