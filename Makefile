@@ -18,6 +18,9 @@ ROCKSDB_LIB_DIR ?= $(KEELSON_CACHE)/rocksdb-$(ROCKSDB_VERSION)
 export ROCKSDB_LIB_DIR
 export ROCKSDB_STATIC := 1
 
+# A workspace of its own: what it needs to be built is not asked of who builds ours.
+CLIENT := tests/e2e/clients/rust/Cargo.toml
+
 # Arguments for the member that `make run` starts, beside its name and address.
 ARGS ?=
 
@@ -27,7 +30,7 @@ help:
 	@echo 'make demo    three store members, two pods, a node: everything from end to end, told as a story'
 	@echo 'make test    every test; real etcd and kube-apiserver beside ours if `make peers` was run'
 	@echo 'make run     one store member on 127.0.0.1:2379, data in ./data'
-	@echo 'make peers   build etcd 3.7, its benchmark, and the programs of Kubernetes into the cache'
+	@echo "make peers   build etcd 3.7, its benchmark, and the programs of Kubernetes into the cache, and install clients of others"
 	@echo 'make bench   ours beside etcd, one table (ARGS=data: a store of 1,000,000 keys; ARGS=watch: crowds of watchers)'
 	@echo 'make lint    format, clippy, licences'
 
@@ -52,8 +55,9 @@ run: rocksdb
 	exec $(BIN)/keelson --name default --data-dir ./data $(ARGS)
 
 peers:
-	@.ci/need peers
+	@.ci/need peers clients
 	@tests/peers/build
+	@tests/e2e/clients/build
 
 bench: rocksdb
 	@.ci/need peers bench
@@ -63,8 +67,11 @@ bench: rocksdb
 
 lint: rocksdb
 	cargo fmt --all --check
+	cargo fmt --check --manifest-path $(CLIENT)
 	cargo clippy $(PROFILE) --workspace --all-targets -- $(if $(CI),-D warnings)
 	@.ci/deny
+	@.ci/deny $(CLIENT)
 
 fmt:
 	cargo fmt --all
+	cargo fmt --manifest-path $(CLIENT)

@@ -20,6 +20,7 @@ macro_rules! on_both {
     };
 }
 
+mod clients;
 mod command_line;
 mod compaction;
 mod crash;
