@@ -35,6 +35,10 @@ pub(super) fn parse(text: &str) -> Result<i64, String> {
         if whole.is_empty() && fraction.is_empty() {
             return Err(invalid());
         }
+        // Go counts the digits before it looks for a unit.
+        if !whole.is_empty() && !whole.parse::<u64>().is_ok_and(|whole| whole <= 1 << 63) {
+            return Err(invalid());
+        }
         let unit_end = after.find(|c: char| c == '.' || c.is_ascii_digit()).unwrap_or(after.len());
         let (unit, after) = after.split_at(unit_end);
         if unit.is_empty() {
