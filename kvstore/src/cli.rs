@@ -63,6 +63,12 @@ pub const FLAGS: &[Flag] = &[
     flag("snapshot-count", "10000", "Applied entries between flushes of the state and cuts of the Raft log."),
     flag("heartbeat-interval", "100", "Time between heartbeats, in milliseconds."),
     flag("election-timeout", "1000", "Time without a leader before an election, in milliseconds."),
+    Flag {
+        name: "initial-election-tick-advance",
+        kind: Kind::Bool,
+        default: "true",
+        help: "Shorten the first election timeout once other members are reached.",
+    },
     flag("listen-peer-urls", "http://localhost:2380", "Comma-separated URLs to listen on for peers."),
     flag(
         "listen-client-urls",
@@ -133,7 +139,6 @@ const TLS_FLAGS: &[&str] = &[
 /// etcd's other flags, not built yet.
 const LATER_FLAGS: &[&str] = &[
     "wal-dir",
-    "initial-election-tick-advance",
     "listen-client-http-urls",
     "max-snapshots",
     "max-wals",

@@ -80,6 +80,8 @@ pub struct Config {
     pub snapshot_count: u64,
     pub heartbeat_interval_ms: u64,
     pub election_timeout_ms: u64,
+    /// Whether the first election timeout is shortened once other members are reached.
+    pub initial_election_tick_advance: bool,
     /// Logical bytes; `None` is no quota.
     pub quota_backend_bytes: i64,
     pub max_request_bytes: usize,
@@ -139,6 +141,7 @@ impl Config {
             snapshot_count: values.number::<u64>("snapshot-count")?.max(1),
             heartbeat_interval_ms: values.number("heartbeat-interval")?,
             election_timeout_ms: values.number("election-timeout")?,
+            initial_election_tick_advance: typed.is_true("initial-election-tick-advance"),
             quota_backend_bytes: match values.number::<i64>("quota-backend-bytes")? {
                 0 => 2 * 1024 * MIB,
                 bytes => bytes,
@@ -418,6 +421,8 @@ mod tests {
         assert_eq!(c.listen_client_urls, [Url { host: "localhost".into(), port: 2379 }]);
         assert_eq!(c.founders, [Founder { name: "default".into(), peer_urls: vec!["http://localhost:2380".into()] }]);
         assert_eq!(c.quota_backend_bytes, 2 << 30);
+        assert!(c.initial_election_tick_advance);
+        assert!(!config("--initial-election-tick-advance=false").unwrap().initial_election_tick_advance);
         assert_eq!(c.watch_progress_notify_interval, Duration::from_secs(600));
     }
 

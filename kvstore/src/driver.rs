@@ -100,6 +100,9 @@ pub(crate) enum Input {
     Stop,
 }
 
+/// Members that start together reach each other within this time (etcd waits as long for its transport).
+const FIRST_CONNECTION_MS: u64 = 5_000;
+
 /// What the raft thread is told once.
 pub(crate) struct DriverConfig {
     pub(crate) replica: ReplicaConfig,
@@ -111,6 +114,8 @@ pub(crate) struct DriverConfig {
     pub(crate) lease_checkpoint_ms: Option<u64>,
     /// This member alone is a majority: it need not wait for an election timeout.
     pub(crate) alone: bool,
+    /// Whether the first election timeout is shortened once others are there (`--initial-election-tick-advance`).
+    pub(crate) shorten_first_election: bool,
 }
 
 /// Where the effects go.
@@ -138,6 +143,8 @@ pub(crate) struct Driver {
     tickets: u64,
     /// Complete snapshots that Raft has not decided on, or that wait to be installed.
     received: HashMap<SnapshotTicket, NewState>,
+    /// Until this tick the first election may still be shortened; 0 once it was.
+    first_election_until: Ticks,
     /// Proposals that wait because the leader can't be reached, and until when.
     held: VecDeque<(Ticks, Proposal)>,
     held_bytes: usize,
@@ -156,7 +163,9 @@ impl Driver {
         clock: Clock,
     ) -> Driver {
         let election_ticks = config.replica.election_ticks as Ticks;
+        let hurry_ticks = FIRST_CONNECTION_MS / config.heartbeat_ms;
         Driver {
+            first_election_until: if config.shorten_first_election { hurry_ticks } else { 0 },
             timeout_ticks: config.request_timeout_ms.div_ceil(config.heartbeat_ms),
             leases: Leases::new(&config),
             applied: replica.status().applied,
@@ -301,13 +310,21 @@ impl Driver {
         self.hurry()
     }
 
-    /// A member that is a majority by itself has nobody to wait for.
+    /// A member that is a majority by itself has nobody to wait for. One of several that has just started waits for a leader
+    /// to show itself, but, once it reaches two others, no longer than it takes to hear of one: as in etcd, two ticks and what
+    /// is drawn beside the timeout.
     fn hurry(&mut self) -> Result<(), Fatal> {
-        let mut ticks = if self.config.alone && self.leadership.leader.is_none() {
-            2 * self.config.replica.election_ticks
-        } else {
-            0
-        };
+        if self.leadership.leader.is_some() {
+            return Ok(());
+        }
+        let election = self.config.replica.election_ticks;
+        let mut ticks = 0;
+        if self.config.alone {
+            ticks = 2 * election;
+        } else if self.ticks < self.first_election_until && self.outlets.peers.active() > 1 {
+            self.first_election_until = 0;
+            ticks = election.saturating_sub(2);
+        }
         while ticks > 0 && self.replica.status().leadership.leader.is_none() {
             self.replica.step(replica::Input::Tick)?;
             ticks -= 1;

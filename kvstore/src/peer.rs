@@ -125,6 +125,11 @@ impl Peers {
         }
     }
 
+    /// How many peers are connected.
+    pub(crate) fn active(&self) -> usize {
+        self.0.links.values().filter(|link| link.active_since().is_some()).count()
+    }
+
     pub(crate) fn all_active(&self) -> bool {
         self.0.links.values().all(|link| link.active_since().is_some())
     }

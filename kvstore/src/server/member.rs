@@ -234,6 +234,7 @@ fn driver_config(config: &Config, owner: &Owner, alone: bool) -> DriverConfig {
         request_timeout_ms: request_timeout_ms(config),
         lease_checkpoint_ms: config.lease_checkpoint_interval.map(|interval| interval.as_millis() as u64),
         alone,
+        shorten_first_election: config.initial_election_tick_advance,
     }
 }
 
