@@ -322,6 +322,8 @@ impl Expiry {
                 continue;
             }
             if remaining_ttl_s < deadline.granted_s {
+                // From here on it may be in the log: a keep-alive has to take it back, even if it is not applied yet.
+                deadline.remaining_s = remaining_ttl_s;
                 items.push(Checkpoint { id, remaining_ttl_s });
             }
             // Should the proposal be lost, the next one says it again.
