@@ -23,6 +23,7 @@ use kvstore_core::types::{Entry, MemberId};
 use prost::Message;
 
 use crate::clock::{Clock, MS, Micros};
+use crate::keeper::{Keepers, Kept};
 use crate::member::{Job, Member, TIMEOUT_TICKS};
 use crate::model::Model;
 use crate::network::Network;
@@ -33,9 +34,11 @@ use crate::{Options, Report, Sabotage};
 
 mod end;
 mod faults;
+pub(crate) mod leases;
 
 const TICK: Micros = 100 * MS;
 const CLIENTS: u64 = 5;
+const KEEPERS: u64 = 3;
 /// How long the second phase may take: a handful of elections, and a snapshot for everyone.
 const PATIENCE: Micros = 60_000 * MS;
 /// Answers that every client must get once all is well.
@@ -55,6 +58,8 @@ enum Event {
     SnapshotArrives { from: MemberId, life: Life, to: MemberId, message: Bytes, rows: Box<MemoryView> },
     SnapshotSent { from: MemberId, life: Life, to: MemberId, ok: bool },
     Client(u64),
+    Keeper(u64),
+    KeepAlive { to: MemberId, life: Life, kept: Kept },
     Watcher(usize),
     CatchUp(MemberId, Life),
     Restart(MemberId),
@@ -79,6 +84,8 @@ impl fmt::Debug for Event {
             Event::SnapshotArrives { from, to, .. } => write!(f, "{from} → {to} snapshot arrives"),
             Event::SnapshotSent { from, to, ok, .. } => write!(f, "{from} → {to} snapshot sent: {ok}"),
             Event::Client(client) => write!(f, "client {client}"),
+            Event::Keeper(keeper) => write!(f, "keeper {keeper}"),
+            Event::KeepAlive { to, kept, .. } => write!(f, "{to} is asked to keep {} alive", kept.id),
             Event::Watcher(watcher) => write!(f, "watcher {watcher}"),
             Event::CatchUp(member, _) => write!(f, "{member} watchers catch up"),
             Event::Restart(member) => write!(f, "{member} restarts"),
@@ -105,6 +112,7 @@ pub(crate) struct Cluster {
     members: Vec<Member>,
     model: Model,
     workload: Workload,
+    keepers: Keepers,
     watchers: Vec<Watcher>,
     phase: Phase,
     /// Of each client: the answers it still has to get before it may stop.
@@ -126,6 +134,7 @@ impl Cluster {
             members,
             model: Model::default(),
             workload: Workload::default(),
+            keepers: Keepers::default(),
             watchers: Watcher::all(),
             phase: Phase::Faults,
             owed: vec![ANSWERS_AT_END; CLIENTS as usize],
@@ -143,6 +152,9 @@ impl Cluster {
         }
         for client in 0..CLIENTS {
             cluster.clock.after(client * 7 * MS, Event::Client(client));
+        }
+        for keeper in 0..KEEPERS {
+            cluster.clock.after((50 + keeper * 11) * MS, Event::Keeper(keeper));
         }
         for watcher in 0..cluster.watchers.len() {
             cluster.clock.after(100 * MS, Event::Watcher(watcher));
@@ -209,6 +221,7 @@ impl Cluster {
         | Event::Flushed(id, _)
         | Event::Fetched(id, _)
         | Event::CatchUp(id, _)
+        | Event::KeepAlive { to: id, .. }
         | Event::SnapshotArrives { to: id, .. }
         | Event::SnapshotSent { from: id, .. } = event
         {
@@ -231,6 +244,8 @@ impl Cluster {
             }
             Event::SnapshotSent { from, life, to, ok } => self.step_alive(from, life, Input::SnapshotSent { to, ok }),
             Event::Client(client) => self.client(client),
+            Event::Keeper(keeper) => self.keep(keeper),
+            Event::KeepAlive { to, life, kept } => self.keep_alive(to, life, kept),
             Event::Watcher(watcher) => self.watch(watcher),
             Event::CatchUp(id, life) => self.catch_up(id, life),
             Event::Restart(id) => self.restart(id),
@@ -273,6 +288,7 @@ impl Cluster {
         if let Some(leadership) = effects.leadership {
             self.note(|| format!("          {id} {leadership:?}"));
             self.model.leads(id, leadership)?;
+            self.lease_leadership(id, leadership);
             let running = self.member(id).running.as_mut().expect("it has effects");
             if leadership.leader.is_some() {
                 let now = running.ticks;
@@ -299,12 +315,16 @@ impl Cluster {
         for fetch in effects.fetch {
             self.fetch(id, life, fetch);
         }
+        let now = self.time_of(id);
         for (read, index) in effects.reads_ready {
             let running = self.member(id).running.as_mut().expect("it has effects");
-            running.pending.ready(read.0, index);
+            if !running.leases.round_ready(read, now) {
+                running.pending.ready(read.0, index);
+            }
         }
         for (read, _) in effects.reads_failed {
             let running = self.member(id).running.as_mut().expect("it has effects");
+            running.leases.round_failed(read);
             for call in running.pending.failed(read.0) {
                 self.lose(call);
             }
@@ -314,6 +334,8 @@ impl Cluster {
             if let Some(call) = running.pending.outcome(request) {
                 let client = self.workload.refused(call);
                 self.go_on(client, call);
+            } else if let Some(own) = running.leases.own.remove(&request) {
+                running.leases.not_proposed(&own);
             }
         }
         self.release_reads(id)
@@ -321,10 +343,12 @@ impl Cluster {
 
     fn tick(&mut self, id: MemberId, life: Life) -> Result<(), String> {
         let skew = self.rng.below(4 * MS);
+        let time = self.time_of(id);
         let Some(member) = self.alive(id, life) else { return Ok(()) };
         member.compact().map_err(fatal)?;
         let running = member.running.as_mut().expect("it is alive");
         running.ticks += 1;
+        running.leases.tick(time);
         let (now, link) = (running.ticks, Link::NoLeader);
         let expired = running.pending.expire(now, link);
         for (call, _) in expired {
@@ -332,7 +356,8 @@ impl Cluster {
         }
         self.clock.after(TICK - 2 * MS + skew, Event::Tick(id, life));
         self.step(id, Input::Tick)?;
-        self.effects(id)
+        self.effects(id)?;
+        self.drive_leases(id)
     }
 
     fn deliver(&mut self, to: MemberId, message: Bytes) -> Result<(), String> {
@@ -449,6 +474,7 @@ impl Cluster {
                 self.step(id, Input::SnapshotInstalled { ticket: install.ticket })?;
                 self.release_reads(id)?;
             }
+            Some(Job::ReadLeases(term)) => self.promote_leases(id, term)?,
             None => {}
         }
         if self.alive(id, life).is_some() {
@@ -472,15 +498,19 @@ impl Cluster {
             self.clock.after(flush_takes, Event::Flushed(id, life));
         }
         self.model.applied(&applied, &facts)?;
+        self.leases_applied(id, &applied.leases);
         for (request, outcome) in applied.outcomes {
             let running = self.member(id).running.as_mut().expect("it applies");
             if let Some(call) = running.pending.outcome(request) {
                 let client = self.workload.answered(call, outcome);
                 self.go_on(client, call);
+            } else {
+                self.own_done(id, request, outcome.is_ok());
             }
         }
         self.step(id, Input::Applied { index: applied.index, durable })?;
-        self.release_reads(id)
+        self.release_reads(id)?;
+        self.drive_leases(id)
     }
 
     fn flushed(&mut self, id: MemberId, life: Life) -> Result<(), String> {

@@ -14,7 +14,7 @@
 //! | [`cluster`]  | the run: events, faults, both phases |
 //! | [`member`]   | one member: its machines and what its threads have in hand |
 //! | [`disk`], [`network`], [`clock`], [`rng`] | the world |
-//! | [`workload`], [`watcher`] | clients and what they wrote down |
+//! | [`workload`], [`watcher`], [`keeper`] | clients and what they wrote down |
 //! | [`model`]    | what must hold at every moment |
 //!
 //! What it does not do: find bugs in the shell. `tests/e2e` runs the real one.
@@ -24,6 +24,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 pub mod clock;
 pub mod cluster;
 pub mod disk;
+pub mod keeper;
 pub mod member;
 pub mod model;
 pub mod network;
@@ -42,6 +43,8 @@ pub enum Sabotage {
     ReadWithoutAsking,
     /// The transport sends some forwarded proposals twice (trap 7).
     ResendProposals,
+    /// Whoever has a lease in its table keeps it alive, whether it leads or not.
+    KeepWithoutLeading,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +79,10 @@ pub struct Report {
     pub fetches: usize,
     /// Events that watchers were told.
     pub watched: usize,
+    /// Grants and keep-alives that were answered.
+    pub kept: usize,
+    /// Leases that ended because nobody kept them.
+    pub ended: usize,
     /// Of everything that happened: equal for equal runs.
     pub digest: u64,
 }

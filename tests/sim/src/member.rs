@@ -11,10 +11,11 @@ use kvstore_core::backend::{Backend, Install as _, Table, WriteBatch};
 use kvstore_core::pending::Pending;
 use kvstore_core::replica::{Fetch, Install, Position, Replica, ReplicaConfig, SnapshotTicket};
 use kvstore_core::store::{Applied, Facts, Founder, Published, Store, StoreConfig};
-use kvstore_core::types::{ClusterId, Entry, MemberId, RequestId, Ticks};
+use kvstore_core::types::{ClusterId, Entry, MemberId, RequestId, Term, Ticks};
 use kvstore_core::watch::{CatchUp, WatchHub};
 
 use crate::clock::Micros;
+use crate::cluster::leases::Leases;
 use crate::disk::{Disk, LogDisk};
 use crate::rng::Rng;
 use crate::watcher;
@@ -53,6 +54,7 @@ pub struct Running {
     pub hub: WatchHub,
     /// A slice of history that was read outside the hub's lock, not handed in yet.
     pub catching_up: Option<CatchUp>,
+    pub leases: Leases,
     pub requests: u64,
     pub rounds: u64,
     pub tickets: u64,
@@ -62,6 +64,8 @@ pub struct Running {
 pub enum Job {
     Apply(Vec<Entry>),
     Install(Install),
+    /// For the leader of this term.
+    ReadLeases(Term),
 }
 
 impl Member {
@@ -113,6 +117,7 @@ impl Member {
             received: BTreeMap::new(),
             hub,
             catching_up: None,
+            leases: Leases::default(),
             requests: 0,
             rounds: 0,
             tickets: 0,

@@ -19,10 +19,13 @@ fn a_hundred_seeds() {
         all.discards += report.discards;
         all.fetches += report.fetches;
         all.elections += report.elections;
+        all.kept += report.kept;
+        all.ended += report.ended;
     }
     // The schedules that are hard to reach were reached.
     assert!(all.answered > 10_000, "{all:?}");
     assert!(all.crashes > 200 && all.elections > 200, "{all:?}");
+    assert!(all.kept > 2_000 && all.ended > 300, "{all:?}");
     assert!(all.installs > 30 && all.discards > 3 && all.fetches > 20, "{all:?}");
 }
 
@@ -61,4 +64,9 @@ fn reads_that_ask_nobody_are_found() {
 #[test]
 fn proposals_sent_twice_are_found() {
     assert!(found(Sabotage::ResendProposals) > 30);
+}
+
+#[test]
+fn leases_kept_by_whoever_has_them_are_found() {
+    assert!(found(Sabotage::KeepWithoutLeading) > 10);
 }

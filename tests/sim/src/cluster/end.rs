@@ -21,10 +21,11 @@ impl Cluster {
                     && !running.published.facts.compacting
                     && running.replica.status().last_index == last
             })
-        }) && {
-            let changes = self.model.changes();
-            self.watchers.iter().all(|watcher| watcher.up_to_date(&changes))
-        }
+        }) && self.leases_ended()
+            && {
+                let changes = self.model.changes();
+                self.watchers.iter().all(|watcher| watcher.up_to_date(&changes))
+            }
     }
 
     pub(super) fn judge(&mut self) -> Result<Report, String> {
@@ -54,6 +55,8 @@ impl Cluster {
         check::revision::judge_time(history)?;
         check::revision::judge_kept(history, &judged)?;
         check::linear::judge(&check::revision::resolve(history, &judged))?;
+        self.keepers.judge(self.clock.now() / MS)?;
+        (self.report.kept, self.report.ended) = (self.keepers.promises(), self.keepers.ended());
         for watcher in &self.watchers {
             watcher.judge(&changes)?;
             self.report.watched += watcher.events();
