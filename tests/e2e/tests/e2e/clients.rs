@@ -9,7 +9,7 @@ use std::process::Command;
 use e2e::peers::{self, Program};
 use e2e::{Cluster, Kind, PATIENCE, Process};
 
-on_both!(python, node);
+on_both!(python, node, rust);
 
 fn python(kind: Kind) {
     compare(kind, "python");
@@ -17,6 +17,10 @@ fn python(kind: Kind) {
 
 fn node(kind: Kind) {
     compare(kind, "node");
+}
+
+fn rust(kind: Kind) {
+    compare(kind, "rust");
 }
 
 fn compare(kind: Kind, name: &str) {

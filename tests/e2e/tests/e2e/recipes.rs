@@ -168,7 +168,7 @@ fn lock_refusals(kind: Kind) {
         let lease = grant(&mut rpc).await;
         let large = lock(&mut rpc, &"x".repeat(1_572_864), lease).await;
         refused(large, Code::Unknown, "etcdserver: request is too large");
-        assert_eq!(queue(&mut rpc, "l").await, [String::new(); 0]);
+        assert!(queue(&mut rpc, "l").await.is_empty());
     });
 }
 

@@ -57,7 +57,7 @@ fn left_out() -> BTreeSet<(String, String)> {
             assert!(!reason.trim().is_empty(), "a line has a reason: {line}");
             let words: Vec<&str> = what.split_whitespace().collect();
             let is_flag = |word: &&str| word.starts_with("--");
-            let (command, flags) = words.split_at(words.iter().position(|word| is_flag(&word)).unwrap_or(words.len()));
+            let (command, flags) = words.split_at(words.iter().position(is_flag).unwrap_or(words.len()));
             let (command, whole) = match command {
                 [command @ .., "*"] if !command.is_empty() => (command, true),
                 command => (command, false),

@@ -14,6 +14,9 @@ pub(super) fn tell(story: &mut Recorder) {
     sorted(story);
     filtered(story);
     past(story);
+    if story.new {
+        streamed(story);
+    }
     compacted(story);
 }
 
@@ -62,6 +65,25 @@ fn past(story: &mut Recorder) {
         &["get", "r/", "--prefix", "--rev", "14"],
         &["get", "r/", "--prefix", "--rev", "-1"],
     ]);
+}
+
+/// What 3.7 can ask for in pieces.
+fn streamed(story: &mut Recorder) {
+    for more in [
+        &["-w", "json"][..],
+        &["-w", "fields", "--limit", "2"],
+        &["--order", "DESCEND", "--sort-by", "MODIFY"],
+        &["--keys-only"],
+        &["--rev", "6", "-w", "json"],
+        &["--rev", "100000"],
+        &["--consistency", "s"],
+        &["--count-only", "-w", "fields"],
+        &["--min-mod-rev", "9"],
+    ] {
+        let arguments: Vec<&str> = ["get", "r/", "--prefix", "--stream"].iter().chain(more).copied().collect();
+        story.run(&arguments);
+    }
+    story.all(&[&["get", "nothing", "--stream", "-w", "json"], &["get", "", "--stream"]]);
 }
 
 fn compacted(story: &mut Recorder) {
