@@ -19,6 +19,8 @@ use super::wire::{Call, Client, End, Happened};
 
 /// How long an answer may take: a proposal without a quorum gives up after seven seconds, a waiting reader after some more.
 const ANSWER: Duration = Duration::from_secs(25);
+/// What stands for an answer that did not come.
+pub(super) const NOTHING: &str = "nothing more within";
 /// How long a progress request is waited for before it is sent again; a server drops it while a watch is behind.
 const PROGRESS: Duration = Duration::from_millis(300);
 
@@ -432,7 +434,7 @@ impl Player<'_> {
                     end = Some(ended);
                 }
                 None if Instant::now() >= deadline => {
-                    parts.push(Part::line(format!("nothing more within {} s", ANSWER.as_secs())));
+                    parts.push(Part::line(format!("{NOTHING} {} s", ANSWER.as_secs())));
                     break;
                 }
                 None => {}
