@@ -36,6 +36,7 @@ fn config(dir: &TempDir, name: &str, peer: &TcpListener, founders: &[Founder]) -
         snapshot_count: 50,
         heartbeat_interval_ms: HEARTBEAT_MS,
         election_timeout_ms: ELECTION_MS,
+        initial_election_tick_advance: true,
         quota_backend_bytes: 2 << 30,
         max_request_bytes: 1_572_864,
         max_txn_ops: 128,
