@@ -36,7 +36,8 @@ pub(crate) enum Job {
         ticket: SnapshotTicket,
         new: NewState,
     },
-    /// Tell the raft thread all leases after everything that was handed out before: it leads `term`.
+    /// Tell the raft thread all leases once something of `term`, which it leads, is applied: everything that was committed
+    /// before it began is then in the table. Until then a lease that is not there may be in the log all the same.
     ReadLeases {
         term: Term,
     },
@@ -80,6 +81,8 @@ pub(crate) struct Applier {
     applied: Index,
     durable: Index,
     flush: Flush,
+    /// The term for whose leader the leases are to be read.
+    lease_reader: Option<Term>,
 }
 
 struct Flush {
@@ -103,7 +106,7 @@ impl Applier {
     pub(crate) fn new(config: ApplierConfig, backend: Rocks, store: Store, view: View, shared: Arc<Shared>) -> Applier {
         let applied = store.facts().applied_index;
         let flush = Flush::new(applied);
-        Applier { config, backend, store, view, shared, applied, durable: applied, flush }
+        Applier { config, backend, store, view, shared, applied, durable: applied, flush, lease_reader: None }
     }
 
     pub(crate) fn run(mut self, jobs: &Receiver<Job>) -> Result<(), Fatal> {
@@ -122,7 +125,8 @@ impl Applier {
                     }
                     Job::ReadLeases { term } => {
                         self.apply_all(&mut entries)?;
-                        let _ = self.shared.driver.push(Input::LeaseTable { term, leases: self.store.leases() });
+                        self.lease_reader = Some(term);
+                        self.tell_leases();
                     }
                     Job::Stop => {
                         self.apply_all(&mut entries)?;
@@ -194,6 +198,7 @@ impl Applier {
             leases: applied.leases,
             over_quota: applied.over_quota,
         });
+        self.tell_leases();
         self.shared.hub.wake(&wakes);
         if behind {
             self.shared.hub.nudge();
@@ -212,6 +217,13 @@ impl Applier {
     fn tell(&self, done: Done) {
         // A raft thread that has gone has drained its waiters: the member is stopping.
         let _ = self.shared.driver.push(Input::Applied(done));
+    }
+
+    fn tell_leases(&mut self) {
+        let applied_term = self.store.facts().applied_term;
+        if let Some(term) = self.lease_reader.take_if(|term| *term <= applied_term) {
+            let _ = self.shared.driver.push(Input::LeaseTable { term, leases: self.store.leases() });
+        }
     }
 
     fn compact(&mut self) -> Result<(), Fatal> {

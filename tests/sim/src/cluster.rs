@@ -474,7 +474,6 @@ impl Cluster {
                 self.step(id, Input::SnapshotInstalled { ticket: install.ticket })?;
                 self.release_reads(id)?;
             }
-            Some(Job::ReadLeases(term)) => self.promote_leases(id, term)?,
             None => {}
         }
         if self.alive(id, life).is_some() {
@@ -499,6 +498,7 @@ impl Cluster {
         }
         self.model.applied(&applied, &facts)?;
         self.leases_applied(id, &applied.leases);
+        self.promote_leases(id);
         for (request, outcome) in applied.outcomes {
             let running = self.member(id).running.as_mut().expect("it applies");
             if let Some(call) = running.pending.outcome(request) {

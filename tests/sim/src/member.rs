@@ -11,7 +11,7 @@ use kvstore_core::backend::{Backend, Install as _, Table, WriteBatch};
 use kvstore_core::pending::Pending;
 use kvstore_core::replica::{Fetch, Install, Position, Replica, ReplicaConfig, SnapshotTicket};
 use kvstore_core::store::{Applied, Facts, Founder, Published, Store, StoreConfig};
-use kvstore_core::types::{ClusterId, Entry, MemberId, RequestId, Term, Ticks};
+use kvstore_core::types::{ClusterId, Entry, MemberId, RequestId, Ticks};
 use kvstore_core::watch::{CatchUp, WatchHub};
 
 use crate::clock::Micros;
@@ -64,8 +64,6 @@ pub struct Running {
 pub enum Job {
     Apply(Vec<Entry>),
     Install(Install),
-    /// For the leader of this term.
-    ReadLeases(Term),
 }
 
 impl Member {

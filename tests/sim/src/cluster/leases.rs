@@ -18,7 +18,6 @@ use super::{Cluster, Event, Life, Phase};
 use crate::Sabotage;
 use crate::clock::MS;
 use crate::keeper::{Beat, FIRST, Kept};
-use crate::member::Job;
 
 /// How long a keep-alive waits at a member.
 const KEEP_ALIVE_TIMEOUT_MS: u64 = 7_000;
@@ -44,6 +43,8 @@ pub struct Leases {
     round: Option<(ReadId, Timestamp)>,
     confirm: bool,
     leadership: Leadership,
+    /// The term whose leader this member is, until its table is read.
+    awaited: Option<Term>,
     pub own: BTreeMap<RequestId, Own>,
 }
 
@@ -56,6 +57,7 @@ impl Default for Leases {
             round: None,
             confirm: false,
             leadership: Leadership::default(),
+            awaited: None,
             own: BTreeMap::new(),
         }
     }
@@ -105,17 +107,19 @@ impl Cluster {
             leases.expiry.demote();
         } else if !before.is_leader || before.term != new.term {
             leases.expiry.demote();
-            self.queue_job(id, Job::ReadLeases(new.term));
+            leases.awaited = Some(new.term);
         }
     }
 
-    pub(super) fn promote_leases(&mut self, id: MemberId, term: Term) -> Result<(), String> {
+    /// Once something of the term is applied, the table holds everything that was committed before.
+    pub(super) fn promote_leases(&mut self, id: MemberId) {
         let now = self.time_of(id);
         let running = self.member(id).running.as_mut().expect("its apply thread runs");
+        let applied_term = running.published.facts.applied_term;
+        let Some(term) = running.leases.awaited.take_if(|term| *term <= applied_term) else { return };
         if running.leases.leadership.is_leader && running.leases.leadership.term == term {
             running.leases.expiry.promote(now, term, running.store.leases());
         }
-        self.drive_leases(id)
     }
 
     pub(super) fn leases_applied(&mut self, id: MemberId, changes: &[LeaseChange]) {
