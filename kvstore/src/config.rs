@@ -141,7 +141,7 @@ impl Config {
             snapshot_count: values.number::<u64>("snapshot-count")?.max(1),
             heartbeat_interval_ms: values.number("heartbeat-interval")?,
             election_timeout_ms: values.number("election-timeout")?,
-            initial_election_tick_advance: typed.is_true("initial-election-tick-advance"),
+            initial_election_tick_advance: values.text("initial-election-tick-advance") == "true",
             quota_backend_bytes: match values.number::<i64>("quota-backend-bytes")? {
                 0 => 2 * 1024 * MIB,
                 bytes => bytes,
