@@ -31,7 +31,7 @@ help:
 	@echo 'make test    every test; real etcd and kube-apiserver beside ours if `make peers` was run'
 	@echo 'make run     one store member on 127.0.0.1:2379, data in ./data'
 	@echo "make peers   build etcd 3.7, its benchmark, and the programs of Kubernetes into the cache, and install clients of others"
-	@echo 'make bench   ours beside etcd, one table (ARGS=data: a store of 1,000,000 keys; ARGS=watch: crowds of watchers)'
+	@echo 'make bench   ours beside etcd, one table (ARGS=data: a store of 1,000,000 keys; ARGS=watch: crowds of watchers; ARGS=leases: 100,000 leases)'
 	@echo 'make lint    format, clippy, licences'
 
 rocksdb:

@@ -5,14 +5,15 @@
 //! one hot key) and etcd's own `benchmark` (random keys). A row counts only if the work was done: puts have to raise the
 //! revision by exactly their number, gets have to bring the value.
 //!
-//! Two other tables: `bench data` ([`data`]), ranges, pages and counts of a store that holds 1,000,000 keys, and `bench watch`
-//! ([`watch`]), crowds of watchers.
+//! Three other tables: `bench data` ([`data`]), ranges, pages and counts of a store that holds 1,000,000 keys; `bench watch`
+//! ([`watch`]), crowds of watchers; `bench leases` ([`leases`]), a hundred thousand of them.
 //!
 //! What it does not do: clusters. They come with the suites that need them.
 
 #![allow(clippy::print_stdout, reason = "a table is what this program is for")]
 
 mod data;
+mod leases;
 mod measure;
 mod table;
 mod watch;
@@ -52,6 +53,7 @@ struct Options {
 #[derive(Debug, Subcommand)]
 enum Table {
     Data(data::Options),
+    Leases(leases::Options),
     Watch(watch::Options),
 }
 
@@ -59,6 +61,7 @@ fn main() -> Result<()> {
     let options = Options::parse();
     match &options.table {
         Some(Table::Data(data)) => return data::run(data),
+        Some(Table::Leases(leases)) => return leases::run(*leases),
         Some(Table::Watch(watch)) => return watch::run(watch),
         None => {}
     }

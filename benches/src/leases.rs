@@ -1,4 +1,4 @@
-//! A hundred thousand leases, ours beside etcd: granted, kept alive, over a restart, and all of them ended.
+//! `bench leases`: a hundred thousand leases, ours beside etcd: granted, kept alive, over a restart, and all of them ended.
 //!
 //! One member on core 0 with its data on a real disk; this program on core 1. What is asked of it: that the server goes on
 //! answering while all of them end (a put every few milliseconds measures that), that no event is lost, and that no more
@@ -6,12 +6,10 @@
 //!
 //! What it does not do: followers. Their keep-alives are forwarded, which the end-to-end bodies hold.
 
-#![allow(clippy::print_stdout, reason = "a table is what this program is for")]
-
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
+use clap::Args;
 use e2e::rpc::{Rpc, prefix_end};
 use e2e::{Cluster, Kind};
 use keelson_proto::etcdserverpb::watch_request::RequestUnion;
@@ -22,9 +20,12 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 
-/// Measures leases on ours beside etcd and prints one table.
-#[derive(Clone, Copy, Debug, Parser)]
-struct Options {
+use crate::measure::{cpu, pin_generator};
+
+/// Measures leases on ours beside etcd.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct Options {
+    /// Leases, each with a key.
     #[arg(long, default_value_t = 100_000)]
     leases: i64,
     /// Seconds; long enough for all of them to be granted and kept alive.
@@ -60,8 +61,8 @@ struct Latency {
     max_ms: f64,
 }
 
-fn main() -> Result<()> {
-    let options = Options::parse();
+pub(crate) fn run(options: Options) -> Result<()> {
+    pin_generator()?;
     println!("{} leases of {} s, {} calls at once, one member\n", options.leases, options.ttl, options.workers);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let ours = runtime.block_on(measure(Kind::Keelson, options)).context("keelson")?;
@@ -197,7 +198,7 @@ async fn watch_them_end(
     });
     let mut ends: Vec<Instant> = Vec::new();
     let mut seen = vec![false; options.leases as usize];
-    let mut cpu_before = 0.0;
+    let mut cpu_before = Duration::ZERO;
     while (ends.len() as i64) < options.leases {
         let response = watch.message().await?.context("the watch ended")?;
         for event in response.events {
@@ -206,12 +207,12 @@ async fn watch_them_end(
             let id: usize = std::str::from_utf8(&kv.key)?.trim_start_matches("l/").parse()?;
             ensure!(!std::mem::replace(&mut seen[id - 1], true), "lease {id} ended twice");
             if ends.is_empty() {
-                cpu_before = cpu_s(server)?;
+                cpu_before = cpu(server)?;
             }
             ends.push(Instant::now());
         }
     }
-    let cpu_s = cpu_s(server)? - cpu_before;
+    let cpu_s = (cpu(server)? - cpu_before).as_secs_f64();
     drop(watch);
     Ok((ends, puts.await??, cpu_s))
 }
@@ -235,12 +236,4 @@ fn most_in_a_second(ends: &[Instant]) -> usize {
         most = most.max(to - from + 1);
     }
     most
-}
-
-/// User and system time of a process, in ticks of 10 ms.
-fn cpu_s(process: u32) -> Result<f64> {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
-    let after = stat.rsplit_once(')').context("a stat line")?.1;
-    let field = |n: usize| after.split_whitespace().nth(n).and_then(|ticks| ticks.parse::<f64>().ok());
-    Ok((field(11).context("user time")? + field(12).context("system time")?) / 100.0)
 }
