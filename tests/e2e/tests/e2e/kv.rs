@@ -26,6 +26,7 @@ on_both!(
     nested_transactions,
     reads_in_transactions,
     status_and_members,
+    answers_of_any_size,
 );
 
 fn on_one(kind: Kind, body: impl AsyncFnOnce(&mut Rpc)) {
@@ -403,6 +404,27 @@ fn status_and_members(kind: Kind) {
             assert_eq!((only.id, only.name.as_str()), (status.leader, member.name.as_str()));
             assert_eq!(only.client_urls, [member.client_url()]);
             assert_eq!(only.peer_urls, [format!("http://127.0.0.1:{}", member.peer_port)]);
+        }
+    });
+}
+
+/// No limit stands on an answer: it may be many times the largest request.
+fn answers_of_any_size(kind: Kind) {
+    on_one(kind, async |rpc| {
+        let value = "x".repeat(1024 * 1024);
+        for n in 0..12 {
+            rpc.put(&format!("large/{n:02}"), &value).await.unwrap();
+        }
+        let answer = rpc.range(all()).await.unwrap();
+        assert_eq!((answer.count, answer.more, answer.kvs.len()), (12, false, 12));
+        assert!(answer.kvs.iter().all(|kv| kv.value == value));
+        let op = |_| op(Request::RequestRange(all()));
+        let twice = TxnRequest { success: (0..2).map(op).collect(), ..TxnRequest::default() };
+        let answer = rpc.txn(twice).await.unwrap();
+        assert_eq!(answer.responses.len(), 2);
+        for response in answer.responses {
+            let Some(Response::ResponseRange(range)) = response.response else { panic!("not a range") };
+            assert_eq!((range.count, range.kvs.len()), (12, 12));
         }
     });
 }
