@@ -16,7 +16,7 @@ use keelson_proto::etcdserverpb::watch_request::RequestUnion;
 use keelson_proto::etcdserverpb::{
     LeaseGrantRequest, LeaseKeepAliveRequest, LeaseLeasesRequest, PutRequest, WatchCreateRequest, WatchRequest,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -185,10 +185,11 @@ async fn watch_them_end(
 
     let mut putter = Rpc::to(url, Duration::from_secs(60));
     let every = Duration::from_millis(options.put_every_ms);
+    let (going_on, over) = oneshot::channel::<()>();
     let puts = tokio::spawn(async move {
         let mut took = Vec::new();
         let mut beat = tokio::time::interval(every);
-        while !requests.is_closed() {
+        while !going_on.is_closed() {
             beat.tick().await;
             let begun = Instant::now();
             putter.put("beat", "v").await?;
@@ -213,7 +214,7 @@ async fn watch_them_end(
         }
     }
     let cpu_s = (cpu(server)? - cpu_before).as_secs_f64();
-    drop(watch);
+    drop((watch, requests, over));
     Ok((ends, puts.await??, cpu_s))
 }
 
