@@ -113,10 +113,14 @@ impl WatchStream {
         self.id
     }
 
-    /// The hub, to create, cancel, ask for progress and take frames on this stream's [`id`](WatchStream::id). A call
-    /// that may leave a watcher behind is followed by [`Hub::nudge`].
-    pub fn hub(&self) -> &Hub {
-        &self.shared.hub
+    /// Works on the hub under its lock: to create, cancel, ask for progress and take frames on this stream. The pump is told
+    /// if that left somebody behind.
+    pub fn with<R>(&self, work: impl FnOnce(&mut WatchHub, StreamId) -> R) -> R {
+        let (done, behind) = self.shared.hub.with(|hub| (work(hub, self.id), hub.has_catch_up()));
+        if behind {
+            self.shared.hub.nudge();
+        }
+        done
     }
 
     /// From now on `waker` is woken, once, when there is something to take. What came before has to be looked for

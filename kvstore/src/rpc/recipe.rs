@@ -147,13 +147,7 @@ impl Recipe {
     pub(super) fn watch(&self, key: Bytes, range_end: Bytes, revision: i64) -> Watched {
         let stream = self.inbox.watch();
         let create = WatchCreateRequest { key, range_end, start_revision: revision, ..Default::default() };
-        let behind = stream.hub().with(|hub| {
-            hub.create(stream.id(), &create);
-            hub.has_catch_up()
-        });
-        if behind {
-            stream.hub().nudge();
-        }
+        stream.with(|hub, id| hub.create(id, &create));
         Watched { stream, recipe: self.clone(), frames: VecDeque::new() }
     }
 
@@ -214,11 +208,7 @@ impl Watched {
 fn poll_take(stream: &WatchStream, cx: &mut Context<'_>) -> Poll<Vec<Frame>> {
     // Before looking: who rings from here on wakes us.
     stream.listen(cx.waker());
-    let hub = stream.hub();
-    let (frames, behind) = hub.with(|hub| (hub.take(stream.id(), TAKE), hub.has_catch_up()));
-    if behind {
-        hub.nudge();
-    }
+    let frames = stream.with(|hub, id| hub.take(id, TAKE));
     if frames.is_empty() { Poll::Pending } else { Poll::Ready(frames) }
 }
 

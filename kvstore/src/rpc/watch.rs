@@ -26,7 +26,7 @@ use hyper::body::Incoming;
 use keelson_proto::etcdserverpb::watch_request::RequestUnion;
 use keelson_proto::etcdserverpb::{ResponseHeader, WatchRequest, WatchResponse};
 use kvstore_core::Error;
-use kvstore_core::watch::{Frame, WatchHub};
+use kvstore_core::watch::Frame;
 use prost::Message;
 use prost::encoding::{encode_varint, encoded_len_varint};
 use tokio::time::{Interval, MissedTickBehavior};
@@ -168,10 +168,10 @@ impl WatchBody {
             return Err(status(&error));
         }
         while self.progress.as_mut().is_some_and(|timer| timer.poll_tick(cx).is_ready()) {
-            self.with_hub(|hub, stream| hub.progress_tick(stream));
+            self.watch.with(|hub, stream| hub.progress_tick(stream));
         }
         let asked_much = self.read_requests(cx)?;
-        let frames = self.with_hub(|hub, stream| hub.take(stream, TAKE));
+        let frames = self.watch.with(|hub, stream| hub.take(stream, TAKE));
         if !frames.is_empty() {
             self.encode(frames);
         } else if asked_much {
@@ -195,7 +195,7 @@ impl WatchBody {
                     }
                 },
             };
-            let room = self.with_hub(|hub, stream| {
+            let room = self.watch.with(|hub, stream| {
                 let room = hub.has_room(stream);
                 if room {
                     hub.request(stream, &request);
@@ -215,16 +215,6 @@ impl WatchBody {
             }
         }
         Ok(true)
-    }
-
-    /// Works on the hub, and calls the pump if that left somebody behind.
-    fn with_hub<R>(&self, work: impl FnOnce(&mut WatchHub, kvstore_core::watch::StreamId) -> R) -> R {
-        let hub = self.watch.hub();
-        let (done, behind) = hub.with(|hub| (work(hub, self.watch.id()), hub.has_catch_up()));
-        if behind {
-            hub.nudge();
-        }
-        done
     }
 
     fn encode(&mut self, frames: Vec<Frame>) {
