@@ -199,14 +199,9 @@ fn sorted<R: Read>(
     })?;
     let mut kvs = stored.iter().map(|kv| Kv::decode(kv)).collect::<Result<Vec<_>, _>>()?;
     let found = kvs.len();
-    range::sort(&mut kvs, &range::Plan::new(request));
-    kvs.truncate(limit);
-    let mut out = BytesMut::new();
-    for kv in &kvs {
-        range::put_framed(&range::shown(*kv, request), &mut out);
-    }
+    let framed = range::sorted_and_framed(&mut kvs, limit, request, &range::Plan::new(request));
     let last = kvs.last().map(|kv| Bytes::copy_from_slice(kv.key));
-    Ok((out.freeze(), found, last))
+    Ok((framed, found, last))
 }
 
 /// A `RangeResponse` with a header that holds the revision alone, as etcd measures it.

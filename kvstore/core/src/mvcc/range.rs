@@ -203,14 +203,20 @@ fn gather<R: Read>(
     })?;
     let mut kvs = stored.iter().map(|kv| Kv::decode(kv)).collect::<Result<Vec<_>, _>>()?;
     kvs.retain(|kv| passes(kv, request));
-    sort(&mut kvs, plan);
     let more = kvs.len() > limit;
+    let framed = sorted_and_framed(&mut kvs, limit, request, plan);
+    Ok(Ranged { kvs: framed, len: kvs.len(), more, count: len as i64 + rest })
+}
+
+/// Sorts what was gathered, cuts it at the limit, and frames what is left of it.
+pub(super) fn sorted_and_framed(kvs: &mut Vec<Kv<'_>>, limit: usize, request: &RangeRequest, plan: &Plan) -> Bytes {
+    sort(kvs, plan);
     kvs.truncate(limit);
     let mut out = BytesMut::new();
-    for kv in &kvs {
+    for kv in kvs.iter() {
         put_framed(&shown(*kv, request), &mut out);
     }
-    Ok(Ranged { kvs: out.freeze(), len: kvs.len(), more, count: len as i64 + rest })
+    out.freeze()
 }
 
 fn passes(kv: &Kv<'_>, request: &RangeRequest) -> bool {
@@ -219,7 +225,7 @@ fn passes(kv: &Kv<'_>, request: &RangeRequest) -> bool {
         && within(kv.create_revision, request.min_create_revision, request.max_create_revision)
 }
 
-pub(super) fn sort(kvs: &mut [Kv<'_>], plan: &Plan) {
+fn sort(kvs: &mut [Kv<'_>], plan: &Plan) {
     let compare = |a: &Kv<'_>, b: &Kv<'_>| match plan.target {
         SortTarget::Key => a.key.cmp(b.key),
         SortTarget::Version => a.version.cmp(&b.version),
@@ -234,7 +240,7 @@ pub(super) fn sort(kvs: &mut [Kv<'_>], plan: &Plan) {
 }
 
 /// The pair as the request wants to see it.
-pub(super) fn shown<'a>(mut kv: Kv<'a>, request: &RangeRequest) -> Kv<'a> {
+fn shown<'a>(mut kv: Kv<'a>, request: &RangeRequest) -> Kv<'a> {
     if request.keys_only {
         kv.value = &[];
         if request.sort_target != SortTarget::Value as i32 {
@@ -257,7 +263,7 @@ pub(super) fn frame(kv: &[u8], request: &RangeRequest, out: &mut BytesMut) -> Re
     Ok(())
 }
 
-pub(super) fn put_framed(kv: &Kv<'_>, out: &mut BytesMut) {
+fn put_framed(kv: &Kv<'_>, out: &mut BytesMut) {
     out.put_u8(KVS_TAG);
     encode_varint(kv.encoded_len() as u64, out);
     kv.encode(out);
