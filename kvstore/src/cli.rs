@@ -226,8 +226,14 @@ impl Typed {
     }
 
     /// Whether a boolean flag was given and is not false.
+    /// What was set, or the flag's default.
+    pub fn text(&self, name: &str) -> &str {
+        self.get(name).unwrap_or_else(|| FLAGS.iter().find(|flag| flag.name == name).map_or("", |flag| flag.default))
+    }
+
+    /// Whether a boolean is on, by what was set or by its default.
     pub fn is_true(&self, name: &str) -> bool {
-        self.get(name) == Some("true")
+        self.text(name) == "true"
     }
 }
 
@@ -345,10 +351,18 @@ fn checked(flag: &'static Flag, value: &str) -> Result<String, CliError> {
     if flag.kind == Kind::Text {
         return Ok(value.to_owned());
     }
-    match value {
-        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok("true".to_owned()),
-        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok("false".to_owned()),
-        _ => Err(CliError::BadValue { flag: flag.name, value: value.to_owned(), reason: "parse error".to_owned() }),
+    match boolean(value) {
+        Some(on) => Ok(on.to_string()),
+        None => Err(CliError::BadValue { flag: flag.name, value: value.to_owned(), reason: "parse error".to_owned() }),
+    }
+}
+
+/// A boolean as Go spells it.
+pub(crate) fn boolean(text: &str) -> Option<bool> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
+        _ => None,
     }
 }
 

@@ -14,7 +14,7 @@ use std::time::Duration;
 use kvstore_core::compactor::Retention;
 use thiserror::Error;
 
-use crate::cli::{FLAGS, Typed};
+use crate::cli::{Typed, boolean};
 
 /// A value that can't be used; one line, naming the flag.
 #[derive(Clone, PartialEq, Eq, Debug, Error)]
@@ -141,7 +141,7 @@ impl Config {
             snapshot_count: values.number::<u64>("snapshot-count")?.max(1),
             heartbeat_interval_ms: values.number("heartbeat-interval")?,
             election_timeout_ms: values.number("election-timeout")?,
-            initial_election_tick_advance: values.text("initial-election-tick-advance") == "true",
+            initial_election_tick_advance: typed.is_true("initial-election-tick-advance"),
             quota_backend_bytes: match values.number::<i64>("quota-backend-bytes")? {
                 0 => 2 * 1024 * MIB,
                 bytes => bytes,
@@ -238,7 +238,7 @@ struct Values<'a> {
 
 impl<'a> Values<'a> {
     fn text(&self, flag: &'static str) -> &'a str {
-        self.typed.get(flag).unwrap_or_else(|| FLAGS.iter().find(|f| f.name == flag).map_or("", |f| f.default))
+        self.typed.text(flag)
     }
 
     fn bad(&self, flag: &'static str, reason: impl Into<String>) -> ConfigError {
@@ -391,11 +391,7 @@ fn feature_gates<'a>(values: &Values<'a>) -> Result<BTreeMap<&'a str, bool>, Con
         if !FEATURE_GATES.contains(&gate) {
             return Err(values.bad(FLAG, format!("unrecognized feature gate: {gate}")));
         }
-        let on = match value.trim() {
-            "true" | "True" | "TRUE" | "1" | "t" | "T" => true,
-            "false" | "False" | "FALSE" | "0" | "f" | "F" => false,
-            _ => return Err(values.bad(FLAG, format!("invalid value of {gate}={value}"))),
-        };
+        let on = boolean(value.trim()).ok_or_else(|| values.bad(FLAG, format!("invalid value of {gate}={value}")))?;
         gates.insert(gate, on);
     }
     Ok(gates)
