@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::measure::{cpu, pin_generator};
+use crate::table::percentile;
 
 /// Measures leases on ours beside etcd.
 #[derive(Args, Clone, Copy, Debug)]
@@ -219,12 +220,12 @@ async fn watch_them_end(
 }
 
 fn summary(mut took: Vec<Duration>) -> Latency {
+    if took.is_empty() {
+        return Latency::default();
+    }
     took.sort_unstable();
-    let at = |share: f64| match took.len() {
-        0 => 0.0,
-        count => took[((count as f64 * share) as usize).min(count - 1)].as_secs_f64() * 1e3,
-    };
-    Latency { p50_ms: at(0.50), p99_ms: at(0.99), max_ms: at(1.0) }
+    let at = |share| percentile(&took, share).as_secs_f64() * 1e3;
+    Latency { p50_ms: at(50), p99_ms: at(99), max_ms: at(100) }
 }
 
 fn most_in_a_second(ends: &[Instant]) -> usize {

@@ -15,6 +15,8 @@ use e2e::{Cluster, Kind};
 use keelson_proto::etcdserverpb::{PutRequest, RangeRequest};
 use prost::Message;
 
+use crate::table;
+
 /// The server's core and the generator's.
 pub(crate) const SERVER_CORE: usize = 0;
 const GENERATOR_CORE: &str = "1";
@@ -179,7 +181,7 @@ fn h2load(url: &str, method: &str, request: &impl Message, folder: &Path, reques
     fs::remove_file(&log)?;
     ensure!(latencies.len() as u64 == requests, "h2load logged {} of {requests} requests", latencies.len());
     latencies.sort_unstable();
-    let percentile = |share: usize| latencies[(latencies.len() - 1) * share / 100] as f64 / 1000.0;
+    let percentile = |share| table::percentile(&latencies, share) as f64 / 1000.0;
     Ok(Report {
         operations_per_second: rate.with_context(|| format!("no rate in: {text}"))?,
         p50_ms: percentile(50),

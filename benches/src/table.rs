@@ -61,6 +61,11 @@ pub(crate) fn heading() -> String {
         "| {:<30} | {:>8} {:>8} {:>6} | {:>7} {:>7} | {:>7} {:>7} | {:>6} {:>6} {:>5} | {:>5} {:>5} |",
         "", "ops/s", "etcd", "ratio", "p50 ms", "etcd", "p99 ms", "etcd", "us/op", "etcd", "ratio", "gen.", "etcd"
     );
+    ruled(&names)
+}
+
+/// A table's names with the line below them.
+pub(crate) fn ruled(names: &str) -> String {
     let rule = names.chars().map(|letter| if letter == '|' { '|' } else { '-' }).collect::<String>();
     format!("{names}\n{rule}")
 }
@@ -86,4 +91,9 @@ pub(crate) fn median(values: &[f64]) -> f64 {
     sorted.sort_by(f64::total_cmp);
     let half = sorted.len() / 2;
     if sorted.len() % 2 == 1 { sorted[half] } else { (sorted[half - 1] + sorted[half]) / 2.0 }
+}
+
+/// What `share` percent of the sorted values don't exceed.
+pub(crate) fn percentile<V: Copy>(sorted: &[V], share: usize) -> V {
+    sorted[(sorted.len() - 1) * share / 100]
 }

@@ -19,7 +19,7 @@ use e2e::{Cluster, Kind, Watcher};
 use keelson_proto::etcdserverpb::WatchCreateRequest;
 
 use crate::measure;
-use crate::table::median;
+use crate::table::{self, median, ruled};
 
 /// Measures watches on ours beside etcd.
 #[derive(Args, Debug)]
@@ -159,7 +159,7 @@ fn sample(kind: Kind, load: &Load) -> Result<Sample> {
         let mut latencies: Vec<u32> = heard.into_iter().flat_map(|stream| stream.latencies_us).collect();
         ensure!(events == latencies.len() && events > 0, "{events} events, {} latencies", latencies.len());
         latencies.sort_unstable();
-        let percentile = |share: usize| f64::from(latencies[(latencies.len() - 1) * share / 100]) / 1000.0;
+        let percentile = |share| f64::from(table::percentile(&latencies, share)) / 1000.0;
         Ok(Sample {
             events_per_second: events as f64 / wall.as_secs_f64(),
             p50_ms: percentile(50),
@@ -259,7 +259,7 @@ fn heading() -> String {
         "gen.",
         "etcd"
     );
-    format!("{names}\n{}", rule(&names))
+    ruled(&names)
 }
 
 fn row(name: &str, ours: &Sample, theirs: &Sample) -> String {
@@ -287,13 +287,9 @@ fn row(name: &str, ours: &Sample, theirs: &Sample) -> String {
 fn idle_heading(watchers: usize) -> String {
     let names =
         format!("| {:<30} | {:>9} {:>9} {:>5} |", format!("{watchers} watchers"), "bytes each", "etcd", "ratio");
-    format!("{names}\n{}", rule(&names))
+    ruled(&names)
 }
 
 fn idle_row(name: &str, ours: f64, theirs: f64) -> String {
     format!("| {name:<30} | {ours:>10.0} {theirs:>9.0} {:>5.2} |", ours / theirs)
-}
-
-fn rule(names: &str) -> String {
-    names.chars().map(|letter| if letter == '|' { '|' } else { '-' }).collect()
 }

@@ -16,6 +16,7 @@ use tonic::{Request, Status};
 
 use super::load::{Loaded, pod, random_puts};
 use crate::measure::cpu;
+use crate::table;
 
 /// How long each part of a measurement goes on, and how many requests it makes at least.
 const PART: Duration = Duration::from_secs(3);
@@ -154,7 +155,7 @@ impl Question {
 }
 
 fn percentile(sorted: &[Duration], share: usize) -> f64 {
-    sorted[(sorted.len() - 1) * share / 100].as_secs_f64() * 1e3
+    table::percentile(sorted, share).as_secs_f64() * 1e3
 }
 
 /// What one server did with pages while it took puts.

@@ -1,6 +1,7 @@
 //! The printed form: ours, etcd's, and what ours is of etcd's.
 
 use super::ask::{Beside, Sample};
+use crate::table::ruled;
 
 pub(crate) fn setting(value_size: usize) -> String {
     format!(
@@ -27,8 +28,7 @@ pub(crate) fn heading(keys: u64) -> String {
         "etcd",
         "ratio"
     );
-    let rule = names.chars().map(|letter| if letter == '|' { '|' } else { '-' }).collect::<String>();
-    format!("\n{names}\n{rule}")
+    format!("\n{}", ruled(&names))
 }
 
 pub(crate) fn row(name: &str, ours: &Sample, theirs: &Sample) -> String {
